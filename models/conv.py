@@ -1,0 +1,62 @@
+"""Causal depthwise convolution followed by SiLU: causal-conv1d's kernel or PyTorch."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.dispatch import first_that_runs
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, backend: str = "auto") -> Tensor:
+    """silu(bias + sum_j weight[:, j] x_{t - width + 1 + j}) a channel, zeros before the start.
+
+    Args:
+        x: `[b, l, d]`.
+        weight: taps `[d, width]`, the last for the current step.
+        bias: `[d]`.
+        backend: "auto", "causal_conv1d" or "torch".
+
+    Returns:
+        `[b, l, d]` in the type of x.
+    """
+    if backend == "torch":
+        return causal_conv1d_torch(x, weight, bias)
+    if backend == "causal_conv1d":
+        return causal_conv1d_kernel(x, weight, bias)
+    names = ["causal_conv1d", "torch"] if _kernel_fits(x, weight) else ["torch"]
+    return first_that_runs(names, x, lambda name: causal_conv1d(x, weight, bias, name))
+
+
+def causal_conv1d_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`causal_conv1d` as a sum of shifted copies, which needs no transposed layout."""
+    width = weight.shape[1]
+    length = x.shape[1]
+    padded = F.pad(x, [0, 0, width - 1, 0])  # b l+width-1 d
+    taps = weight.to(x.dtype)
+    total = bias.to(x.dtype) + padded[:, :length] * taps[:, 0]  # b l d
+    for j in range(1, width):
+        total = total + padded[:, j : j + length] * taps[:, j]
+    return F.silu(total)
+
+
+def causal_conv1d_kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`causal_conv1d` through the causal-conv1d package, whose kernel applies the SiLU itself."""
+    from causal_conv1d import causal_conv1d_fn
+
+    if any(stride % 8 for stride in x.stride()[:2]) or x.stride(2) != 1:
+        x = x.contiguous()
+    y = causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu")  # b d l
+    return y.transpose(1, 2)
+
+
+def _kernel_fits(x: Tensor, weight: Tensor) -> bool:
+    from models import mamba2  # read at call time: its flags may be changed by a user
+
+    return (
+        mamba2.CAUSAL_CONV1D_AVAILABLE
+        and x.device.type == "cuda"
+        and x.element_size() <= 4
+        and x.shape[2] % 8 == 0
+        and 2 <= weight.shape[1] <= 4
+    )

@@ -1,0 +1,153 @@
+"""Which implementation runs: availability, precision, and what happens when a kernel fails."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from models.errors import InputError
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+ENVIRONMENT_VARIABLE = "BSMAMBA2_SCAN"
+SCAN_BACKENDS = ("auto", "selective_scan", "ssd", "chunked", "sequential")
+OUT_OF_MEMORY_HINT = (
+    "out of memory: lower training.batch_size, or set training.gradient_checkpointing=true"
+)
+
+_failed: dict[str, str] = {}  # kernel -> why it failed in this process
+_announced: set[tuple[str, str, torch.dtype]] = set()
+
+
+def package_built(package: str, extension: str) -> bool:
+    """Whether `package` and its compiled `extension` are installed; imports neither."""
+    return find_spec(package) is not None and find_spec(extension) is not None
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The type matrix products of `tensor` run in, autocast counted in."""
+    device = tensor.device.type
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+def requested_backend(configured: str) -> str:
+    """The configured scan backend, or the one that BSMAMBA2_SCAN names.
+
+    Raises:
+        InputError: the name is unknown.
+    """
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or configured
+    if name not in SCAN_BACKENDS:
+        raise InputError(
+            f"scan backend {name!r} is unknown; choose one of {', '.join(SCAN_BACKENDS)}"
+        )
+    return name
+
+
+def missing(backend: str, tensor: Tensor) -> str | None:
+    """Why `backend` cannot run on `tensor`, with the remedy; None where it can."""
+    from models import mamba2  # read at call time: its flags may be changed by a user
+
+    if backend in ("chunked", "sequential"):
+        return None
+    if not mamba2.MAMBA_SSM_AVAILABLE:
+        return "mamba-ssm is not installed; pip install -r requirements-cuda.txt"
+    if tensor.device.type != "cuda":
+        return f"mamba-ssm runs on CUDA devices, not on {tensor.device.type}"
+    if tensor.dtype == torch.float64:
+        return "mamba-ssm has no float64 kernels; use chunked or sequential"
+    return None
+
+
+def candidates(tensor: Tensor) -> list[str]:
+    """Scan backends for `auto` in order of preference, without those that cannot run here.
+
+    In float32 only those that keep 1e-5 are offered, unless TF32 is allowed.
+    """
+    if tensor.device.type != "cuda":
+        return ["chunked"]
+    exact = compute_dtype(tensor) == torch.float32 and (
+        torch.get_float32_matmul_precision() == "highest"
+    )
+    order = ["selective_scan"] if exact else ["ssd"]
+    runnable = [name for name in order if name not in _failed and missing(name, tensor) is None]
+    return [*runnable, "chunked"]
+
+
+def run_scan(backend: str, tensor: Tensor, run: Callable[[str], Result]) -> Result:
+    """Call `run` with the name of the scan implementation to use for `tensor`.
+
+    Raises:
+        InputError: a backend asked for by name is unknown or cannot run, with the remedy.
+    """
+    name = requested_backend(backend)
+    if name == "auto":
+        return first_that_runs(candidates(tensor), tensor, run)
+    reason = missing(name, tensor)
+    if reason is not None:
+        raise InputError(f"scan backend {name!r} cannot run: {reason}")
+    with memory_hint():
+        return run(name)
+
+
+def first_that_runs(names: Sequence[str], tensor: Tensor, run: Callable[[str], Result]) -> Result:
+    """The result of the first implementation whose kernels work; the last is not guarded."""
+    with memory_hint():
+        for name in names[:-1]:
+            try:
+                result = run(name)
+            except torch.OutOfMemoryError:
+                raise
+            except _kernel_errors() as error:
+                _failed[name] = f"{type(error).__name__}: {error}"
+                warnings.warn(
+                    f"{name} failed and is not tried again in this process, the next "
+                    f"implementation takes over ({_failed[name]})",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            else:
+                _announce(name, tensor, "the first of " + ", ".join(names))
+                return result
+        _announce(names[-1], tensor, "nothing faster can run here")
+        return run(names[-1])
+
+
+class memory_hint:
+    """Adds to an out-of-memory error what to do about it."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, torch.OutOfMemoryError) and OUT_OF_MEMORY_HINT not in str(error):
+            raise torch.OutOfMemoryError(f"{OUT_OF_MEMORY_HINT} ({error})") from error
+
+
+def _announce(name: str, tensor: Tensor, why: str) -> None:
+    key = (name, tensor.device.type, compute_dtype(tensor))
+    if key not in _announced:
+        _announced.add(key)
+        logger.info("auto runs %s on %s in %s: %s", name, key[1], key[2], why)
+
+
+def _kernel_errors() -> tuple[type[Exception], ...]:
+    """What a kernel raises where a GPU, a driver or a build does not suit it."""
+    errors: tuple[type[Exception], ...] = (RuntimeError, ImportError, OSError)
+    if "triton" in sys.modules:
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import OutOfResources
+
+        errors = (*errors, CompilationError, OutOfResources)
+    return errors
