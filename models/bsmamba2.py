@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.errors import InputError
-from models.mamba2 import Mamba2Block
+from models.mamba2 import Mamba2Block, stacked
 
 # Widths in bins from DC upwards, 1025 in all: (bands, bins each).
 PAPER_BANDS = ((24, 2), (12, 4), (8, 12), (8, 24), (8, 48), (1, 128), (1, 129))
@@ -118,11 +118,6 @@ def equal_runs(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
         runs.append((start, count, size))
         start += count
     return runs
-
-
-def stacked(layers: Sequence[nn.Module], name: str) -> Tensor:
-    """The parameters called `name` of layers of one shape, as one tensor."""
-    return torch.stack([layer.get_parameter(name) for layer in layers])
 
 
 def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:

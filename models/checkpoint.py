@@ -6,10 +6,8 @@ Reading never executes pickled code (`weights_only=True`).
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from models.bsmamba2 import BSMamba2, BSMamba2Config
 from models.errors import InputError
+from models.files import whole_file
 
 FORMAT = "bsmamba2"
 VERSION = 1
@@ -52,16 +51,14 @@ def save_checkpoint(
     A name that ends in `.safetensors` gets the weights and the configuration alone.
 
     Args:
-        path: file to write; its folder must exist.
+        path: file to write; its folder is made where needed.
         config: shape of the network.
         state_dict: weights that ship.
         training: state of the run, of tensors and plain containers.
     """
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    try:
+    with whole_file(path) as temporary:
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
@@ -70,11 +67,6 @@ def save_checkpoint(
         else:
             content = {"format": FORMAT, "version": VERSION, "config": asdict(config)}
             torch.save(content | {"state_dict": tensors, "training": training or {}}, temporary)
-        with Path(temporary).open("rb") as file:
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

@@ -24,8 +24,22 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, backend: str = "auto"
         return causal_conv1d_torch(x, weight, bias)
     if backend == "causal_conv1d":
         return causal_conv1d_kernel(x, weight, bias)
-    names = ["causal_conv1d", "torch"] if _kernel_fits(x, weight) else ["torch"]
+    names = conv_backends(x, weight)
     return first_that_runs(names, x, lambda name: causal_conv1d(x, weight, bias, name))
+
+
+def conv_backends(x: Tensor, weight: Tensor) -> list[str]:
+    """Implementations that can run here, in order of preference."""
+    from models import mamba2  # read at call time: its flags may be changed by a user
+
+    kernel = (
+        mamba2.CAUSAL_CONV1D_AVAILABLE
+        and x.device.type == "cuda"
+        and x.element_size() <= 4
+        and x.shape[2] % 8 == 0
+        and 2 <= weight.shape[1] <= 4
+    )
+    return ["causal_conv1d", "torch"] if kernel else ["torch"]
 
 
 def causal_conv1d_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -49,14 +63,3 @@ def causal_conv1d_kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     y = causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu")  # b d l
     return y.transpose(1, 2)
 
-
-def _kernel_fits(x: Tensor, weight: Tensor) -> bool:
-    from models import mamba2  # read at call time: its flags may be changed by a user
-
-    return (
-        mamba2.CAUSAL_CONV1D_AVAILABLE
-        and x.device.type == "cuda"
-        and x.element_size() <= 4
-        and x.shape[2] % 8 == 0
-        and 2 <= weight.shape[1] <= 4
-    )

@@ -19,9 +19,10 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 ENVIRONMENT_VARIABLE = "BSMAMBA2_SCAN"
-SCAN_BACKENDS = ("auto", "selective_scan", "ssd", "chunked", "sequential")
+# The fastest first.
+SCAN_BACKENDS = ("auto", "triton", "selective_scan", "ssd", "chunked", "sequential")
 OUT_OF_MEMORY_HINT = (
-    "out of memory: lower training.batch_size, or set training.gradient_checkpointing=true"
+    "out of memory: lower training.batch_size, or set model.gradient_checkpointing=true"
 )
 
 _failed: dict[str, str] = {}  # kernel -> why it failed in this process
@@ -61,6 +62,8 @@ def missing(backend: str, tensor: Tensor) -> str | None:
 
     if backend in ("chunked", "sequential"):
         return None
+    if backend == "triton":
+        return _missing_triton(tensor)
     if not mamba2.MAMBA_SSM_AVAILABLE:
         return "mamba-ssm is not installed; pip install -r requirements-cuda.txt"
     if tensor.device.type != "cuda":
@@ -70,31 +73,48 @@ def missing(backend: str, tensor: Tensor) -> str | None:
     return None
 
 
-def candidates(tensor: Tensor) -> list[str]:
+def _missing_triton(tensor: Tensor) -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed; it comes with the CUDA builds of torch"
+    if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton kernels run on CUDA devices, not on {tensor.device.type}"
+    if tensor.dtype == torch.float64:
+        return "the Triton kernels have no float64 form; use chunked or sequential"
+    return None
+
+
+def candidates(tensor: Tensor, fused: bool) -> list[str]:
     """Scan backends for `auto` in order of preference, without those that cannot run here.
 
-    In float32 only those that keep 1e-5 are offered, unless TF32 is allowed.
+    In float32 only those that keep 1e-5 are offered, unless TF32 is allowed. `fused` says that the
+    caller can run a whole block, which is what `triton` is.
     """
     if tensor.device.type != "cuda":
         return ["chunked"]
     exact = compute_dtype(tensor) == torch.float32 and (
         torch.get_float32_matmul_precision() == "highest"
     )
-    order = ["selective_scan"] if exact else ["ssd"]
+    order = [*(["triton"] if fused else []), "selective_scan" if exact else "ssd"]
     runnable = [name for name in order if name not in _failed and missing(name, tensor) is None]
     return [*runnable, "chunked"]
 
 
-def run_scan(backend: str, tensor: Tensor, run: Callable[[str], Result]) -> Result:
+def run_scan(
+    backend: str, tensor: Tensor, run: Callable[[str], Result], fused: bool = False
+) -> Result:
     """Call `run` with the name of the scan implementation to use for `tensor`.
+
+    `fused` says that `run` takes "triton", the form of a whole bidirectional block.
 
     Raises:
         InputError: a backend asked for by name is unknown or cannot run, with the remedy.
     """
     name = requested_backend(backend)
     if name == "auto":
-        return first_that_runs(candidates(tensor), tensor, run)
+        return first_that_runs(candidates(tensor, fused), tensor, run)
     reason = missing(name, tensor)
+    if name == "triton" and not fused:
+        reason = "it runs whole blocks with d_conv 2 to 4, not a scan alone; use chunked"
     if reason is not None:
         raise InputError(f"scan backend {name!r} cannot run: {reason}")
     with memory_hint():

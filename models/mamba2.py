@@ -6,15 +6,20 @@ Parameter names are those of the authors' checkpoints.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.conv import causal_conv1d
-from models.dispatch import package_built, run_scan
+from models.dispatch import compute_dtype, package_built, run_scan
 from models.errors import InputError
 from models.scan import selective_scan
+
+if TYPE_CHECKING:
+    from models.scan.triton_plan import MixerParameters
 
 # Read at call time: set one to False to force PyTorch.
 MAMBA_SSM_AVAILABLE = package_built("mamba_ssm", "selective_scan_cuda")
@@ -124,6 +129,21 @@ class _Direction(nn.Module):
             return projection.T @ merge
 
 
+def stacked(modules: Sequence[nn.Module], name: str) -> Tensor:
+    """The parameters called `name` of modules of one shape, as one tensor."""
+    return torch.stack([module.get_parameter(name) for module in modules])
+
+
+def stack_parameters(directions: Sequence[nn.Module]) -> MixerParameters:
+    """What the Triton kernels take: both directions' parameters on the first axis."""
+    from models.scan.triton_plan import MixerParameters
+
+    mixers = [d.get_submodule("mixer") for d in directions]
+    names = ("conv1d.bias", "dt_bias", "A_log", "D")
+    taps = torch.stack([m.get_parameter("conv1d.weight")[:, 0].T for m in mixers])  # 2 tap c
+    return MixerParameters(taps, *(stacked(mixers, name) for name in names))
+
+
 class Mamba2Block(nn.Module):
     """Two mixers, one a direction, merged by a linear map, with residuals inside.
 
@@ -161,9 +181,15 @@ class Mamba2Block(nn.Module):
         Raises:
             InputError: the scan backend is unknown or cannot run here.
         """
-        return run_scan(self.scan_backend, x, lambda backend: self._forward(x, axis, backend))
+        d_conv = self.forward_blocks[0].mixer.conv1d.weight.shape[-1]
+        fused = x.ndim in (3, 4) and 2 <= d_conv <= 4
+        return run_scan(
+            self.scan_backend, x, lambda backend: self._forward(x, axis, backend), fused
+        )
 
     def _forward(self, x: Tensor, axis: int, backend: str) -> Tensor:
+        if backend == "triton":
+            return self._fused(x, axis)
         moved = x.movedim(axis, -2)
         sequences = moved.flatten(0, -3) if moved.ndim > 3 else moved  # b l d
         merged = self._merge(sequences.contiguous(), backend)  # b l d
@@ -175,6 +201,25 @@ class Mamba2Block(nn.Module):
         y = F.linear(x, (merge_f + merge_b).T, self.linear.bias) + x  # b l d
         y = y + self._run(self.forward_blocks[0], normal, merge_f, backend)
         return y + self._run(self.backward_blocks[0], normal.flip(1), merge_b, backend).flip(1)
+
+    def _fused(self, x: Tensor, axis: int) -> Tensor:
+        """Both directions at once along `axis`, without a copy of x: see `triton_block`."""
+        from models.scan.triton_block import project_and_mix
+
+        if x.ndim == 3:  # b l d
+            return self._fused(x[:, :, None], 1)[:, :, 0]
+        directions = [self.forward_blocks[0], self.backward_blocks[0]]
+        merges = self.linear.weight[:, :, 0].chunk(2)  # d d
+        dtype = compute_dtype(x)
+        w_in = torch.cat([d.input_weight() for d in directions]).to(dtype)  # 2w d
+        pairs = zip(directions, merges, strict=True)
+        w_out = torch.cat([d.output_weight(merge) for d, merge in pairs]).to(dtype)  # 2i d
+        name = "time" if axis % 4 == 1 else "band"
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+        inner = project_and_mix(x.to(dtype), w_in, stack_parameters(directions), name, tf32)
+        y = F.linear(x, sum(merges).T, self.linear.bias) + x  # b t k d
+        merged = torch.addmm(y.flatten(0, 2).to(dtype), inner.flatten(0, 2), w_out)
+        return merged.view(x.shape)
 
     @staticmethod
     def _run(direction: nn.Module, normal: Tensor, merge: Tensor, backend: str) -> Tensor:

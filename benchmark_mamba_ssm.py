@@ -1,0 +1,208 @@
+"""Every implementation of the scan and of the convolution against every other, in one run.
+
+    python benchmark_mamba_ssm.py                      # scan, convolution, block, network
+    python benchmark_mamba_ssm.py --training           # a training step by component
+    python benchmark_mamba_ssm.py --quick --json FILE  # short clips, fewer repeats
+
+Speed-up and error are against the sequential scan in float32, or against `nn.Conv1d`. The peer
+rows are the authors' wiring: `mamba_ssm.modules.mamba2.Mamba2` on flipped copies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import cases, training_step
+from benchmarks.cases import PEER, Case, Setting
+from benchmarks.report import Cell, environment, markdown_table, write_json
+from benchmarks.timing import free_memory, measure
+from models import BSMamba2Config, InputError
+from models.errors import run_command
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+COLUMNS = (
+    "seconds", "what", "backend", "pass", "median ms", "warm-up s", "peak GiB", "frames/s",
+    "speed-up", "error",
+)  # fmt: skip
+PARTS: dict[str, Callable[[Setting, float], Iterable[Case]]] = {
+    "scan": cases.scan_cases,
+    "conv": cases.conv_cases,
+    "block": cases.block_cases,
+    "network": cases.network_cases,
+}
+SIZES = {
+    "paper": BSMamba2Config(),
+    "small": BSMamba2Config(dim=64, depth=1, d_state=64, headdim=32),
+}
+QUICK_SECONDS = [1.0]
+PAPER_SECONDS = [1.0, 4.0, 8.0]
+
+
+def time_case(case: Case, setting: Setting, backward: bool, budget_s: float) -> dict[str, Cell]:
+    """One row: the case's time forward, or forward and backward."""
+    wanted = [t.detach().requires_grad_() for t in case.inputs] if backward else list(case.inputs)
+    leaves = [*wanted, *case.parameters]
+
+    def run() -> None:
+        if not backward:
+            with torch.no_grad():
+                case.run(*wanted)
+            return
+        y = case.run(*wanted)
+        torch.autograd.grad(y, leaves, y.detach())
+
+    timing = measure(run, setting.device, budget_s)
+    rate = 1e3 * case.frames / timing.median_ms if timing.median_ms else None
+    return {
+        "what": case.what,
+        "backend": case.backend,
+        "pass": "forward+backward" if backward else "forward",
+        "median ms": timing.median_ms if timing.failure is None else timing.failure,
+        "warm-up s": timing.warmup_s,
+        "peak GiB": timing.peak_gib,
+        "frames/s": rate,
+        "repeats": timing.repeats,
+    }
+
+
+def output_of(case: Case, device: torch.device) -> Tensor | None:
+    """The case's output in float64 on the CPU; None where memory runs out."""
+    try:
+        with torch.no_grad():
+            return case.run(*case.inputs).cpu().double()
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        free_memory(device)
+
+
+def compare(rows: list[dict[str, Cell]]) -> None:
+    """Add the speed-up of every row over the first of its kind, the reference."""
+    references: dict[tuple[Cell, ...], Cell] = {}
+    for row in rows:
+        first = references.setdefault(_kind(row), row["median ms"])
+        mine = row["median ms"]
+        if isinstance(first, float) and isinstance(mine, float):
+            row["speed-up"] = first / mine
+
+
+def run_part(
+    name: str, setting: Setting, seconds: float, budget_s: float, quick: bool
+) -> list[dict[str, Cell]]:
+    """All rows of one part at one clip length."""
+    rows: list[dict[str, Cell]] = []
+    expected: dict[str, Tensor | None] = {}
+    for case in PARTS[name](setting, seconds):
+        output = output_of(case, setting.device)
+        reference = expected.setdefault(case.what, output)
+        error = None
+        if reference is not None and output is not None:
+            error = ((output - reference).norm() / reference.norm()).item()
+        for backward in (False, True):
+            print(f"  {seconds:g} s, {case.what}, {case.backend}", file=sys.stderr, flush=True)
+            if quick and backward and case.backend == "sequential" and name == "network":
+                continue
+            row = time_case(case, setting, backward, budget_s)
+            rows.append({"seconds": seconds, **row, "error": error})
+    compare(rows)
+    return rows
+
+
+def verdict(rows: Sequence[dict[str, Cell]]) -> str:
+    """One line: the fastest implementation of the longest clip's largest part, and its lead."""
+    timed = [row for row in rows if isinstance(row["median ms"], float)]
+    kinds = [[r for r in timed if _kind(r) == kind] for kind in dict.fromkeys(map(_kind, timed))]
+    last = [kind for kind in kinds if len(kind) > 1][-1]
+    own = [row for row in last if row["backend"] != PEER]
+    best = min(own, key=lambda row: float(row["median ms"] or 0))
+    slowest = max(own, key=lambda row: float(row["median ms"] or 0))
+    ratio = float(slowest["median ms"] or 0) / float(best["median ms"] or 1)
+    text = (
+        f"Verdict: {best['what']}, {best['pass']}, {best['seconds']:g} s: {best['backend']} is the "
+        f"fastest with {best['median ms']:.3g} ms, {ratio:.1f} times faster than "
+        f"{slowest['backend']}"
+    )
+    for row in last:
+        if row["backend"] == PEER:
+            lead = float(row["median ms"] or 0) / float(best["median ms"] or 1)
+            text += f" and {lead:.1f} times faster than the authors' wiring"
+    return text + "."
+
+
+def _kind(row: dict[str, Cell]) -> tuple[Cell, ...]:
+    return row["seconds"], row["what"], row["pass"]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Command-line arguments."""
+    parser = argparse.ArgumentParser(
+        description="Time every implementation of the scan and of the convolution.",
+        epilog="frames/s: sequences x steps (network: batch x frames x bands) over the time.",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--seconds", type=float, nargs="+", help="clip lengths; default 1 4 8")
+    parser.add_argument("--batch", type=int, help="clips at once; default 1, training 5")
+    parser.add_argument("--size", choices=SIZES, help="default: paper on a GPU, small on a CPU")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--training", action="store_true", help="time a training step by component")
+    parser.add_argument("--quick", action="store_true", help="1 s clips and fewer repeats")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    return parser.parse_args(argv)
+
+
+def make_setting(args: argparse.Namespace) -> Setting:
+    """Device, type and sizes.
+
+    Raises:
+        InputError: the device is not here, or a number is impossible.
+    """
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: no CUDA device here; use --device cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: no such device; use cpu or cuda") from error
+    if min(args.seconds or [1]) <= 0 or (args.batch or 1) < 1:
+        raise InputError("--seconds and --batch must be positive")
+    dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    config = SIZES[args.size or ("paper" if device.type == "cuda" else "small")]
+    return Setting(device, dtype, config, args.batch or (5 if args.training else 1))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    args = parse(argv)
+    setting = make_setting(args)
+    facts = environment(setting.device, precision=str(setting.dtype).removeprefix("torch."))
+    facts["network"] = f"dim {setting.config.dim}, depth {setting.config.depth}"
+    facts["command"] = "python benchmark_mamba_ssm.py " + " ".join(argv or sys.argv[1:])
+    print("\n".join(f"{name}: {value}" for name, value in facts.items()), end="\n\n")
+    if args.training:
+        rows: list[dict[str, Any]] = training_step.rows(setting, args.seconds)
+        columns: Sequence[str] = training_step.COLUMNS
+    else:
+        short = args.quick or setting.device.type == "cpu"
+        rows, columns = [], COLUMNS
+        for seconds in args.seconds or (QUICK_SECONDS if short else PAPER_SECONDS):
+            for part in args.parts:
+                rows += run_part(part, setting, seconds, 0.5 if short else 2.0, args.quick)
+    print(markdown_table(rows, columns), end="\n\n")
+    print(training_step.verdict(rows) if args.training else verdict(rows))
+    if args.json is not None:
+        write_json(args.json, {"environment": facts, "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,165 @@
+"""A training step by component: data, STFT, network, loss, backward, optimizer."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import PEER, Setting, has_peer, runnable_backends
+from benchmarks.peer import peer_network
+from benchmarks.timing import free_memory, synchronize
+from models import BSMamba2
+from training.config import Config, load_config
+from training.loaders import Loaders
+from training.loss import SeparationLoss
+from training.run_folder import RunFolder
+from training.validation import round_trip
+
+COMPONENTS = ("data", "stft", "network", "loss", "backward", "optimizer")
+COLUMNS = ("backend", "seconds", "batch", *(f"{c} ms" for c in COMPONENTS), "step ms", "peak GiB",
+           "examples/s", "speed-up", "note")  # fmt: skip
+WARMUP, REPEATS = 2, 5
+SHORT_SECONDS = 1.0  # the sequential loop keeps a state a step: 8 s do not fit any GPU
+CONFIG = Path(__file__).parents[1] / "configs" / "bsmamba2.yaml"
+
+
+def rows(setting: Setting, seconds: Sequence[float] | None) -> list[dict[str, Any]]:
+    """One row a backend; `sequential` on a short segment, with gradient checkpointing."""
+    long = (seconds or [8.0 if setting.device.type == "cuda" else SHORT_SECONDS])[0]
+    backends = [n for n in runnable_backends(setting, whole_block=True) if n != "sequential"]
+    jobs = [("sequential", SHORT_SECONDS, 1), ("chunked", SHORT_SECONDS, 1)]
+    jobs += [(name, long, setting.batch) for name in backends]
+    if has_peer(setting):
+        jobs.append((PEER, long, setting.batch))
+    table = [_row(setting, *job) for job in jobs]
+    for row in table:
+        # Examples of different lengths compare by the seconds of music a second.
+        slow = table[0].get("music")
+        if slow and row.get("music"):
+            row["speed-up"] = row["music"] / slow
+    return table
+
+
+def verdict(table: Sequence[dict[str, Any]]) -> str:
+    """One line: the fastest step, against the sequential loop and the authors' wiring."""
+    timed = [row for row in table if row.get("music") and row["backend"] != PEER]
+    best = max(timed, key=lambda row: row["music"])
+    text = (
+        f"Verdict: {best['backend']} trains {best['music']:.3g} s of music a second, "
+        f"{best.get('speed-up') or 1:.1f} times the sequential loop"
+    )
+    for row in table:
+        if row["backend"] == PEER and row.get("music"):
+            text += f" and {best['music'] / row['music']:.1f} times the authors' wiring"
+    return text + "."
+
+
+def _row(setting: Setting, backend: str, seconds: float, batch: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"backend": backend, "seconds": seconds, "batch": batch}
+    if (seconds, batch) == (SHORT_SECONDS, 1):
+        row["note"] = "short segment"
+    free_memory(setting.device)
+    try:
+        times, peak = _measure(setting, backend, seconds, batch)
+    except torch.OutOfMemoryError:
+        free_memory(setting.device)
+        return row | {"step ms": "out of memory"}
+    step = sum(times.values())
+    row |= {f"{name} ms": value for name, value in times.items()}
+    rate = 1e3 * batch / step
+    return row | {"step ms": step, "peak GiB": peak, "examples/s": rate, "music": rate * seconds}
+
+
+def _measure(
+    setting: Setting, backend: str, seconds: float, batch: int
+) -> tuple[dict[str, float], float | None]:
+    """Median milliseconds of every component, and the peak memory."""
+    model = _network(setting, backend)
+    with tempfile.TemporaryDirectory() as folder:
+        batches = _batches(Path(folder), seconds, batch)
+        step = _Step(setting, model, batches)
+        laps = [step.run() for _ in range(WARMUP + REPEATS)][WARMUP:]
+    peak = None
+    if setting.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(setting.device) / 2**30
+    return {name: statistics.median(lap[name] for lap in laps) for name in COMPONENTS}, peak
+
+
+def _network(setting: Setting, backend: str) -> BSMamba2:
+    if backend == PEER:
+        model = peer_network(setting.config, BSMamba2(setting.config))
+    else:
+        recompute = backend == "sequential"
+        config = replace(setting.config, scan_backend=backend, gradient_checkpointing=recompute)
+        model = BSMamba2(config)
+    return model.to(setting.device).train()
+
+
+def _batches(folder: Path, seconds: float, batch: int) -> Iterator[dict[str, Tensor]]:
+    """Random mixes of a small synthetic set, as training reads them."""
+    from training.data import synthetic
+
+    synthetic.main([str(folder / "set"), "--tracks", "3", "--seconds", "20"])
+    overrides = [
+        f"data.root={folder / 'set'}",
+        f"run.dir={folder / 'run'}",
+        f"data.segment_seconds={seconds}",
+        f"training.batch_size={batch}",
+        "data.num_workers=2",
+    ]
+    config: Config = load_config(CONFIG, overrides)
+    return Loaders(config, RunFolder(config.run.dir, 1)).training(0)
+
+
+class _Step:
+    """One optimizer step without accumulation, cut into its components by waiting after each."""
+
+    def __init__(
+        self, setting: Setting, model: BSMamba2, batches: Iterator[dict[str, Tensor]]
+    ) -> None:
+        self.setting, self.model, self.batches = setting, model, batches
+        self.loss = SeparationLoss().to(setting.device)
+        fused = setting.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, fused=fused)
+
+    def run(self) -> dict[str, float]:
+        """Milliseconds of every component."""
+        laps: dict[str, float] = {}
+
+        def lap(name: str, work: Callable[[], Any]) -> Any:
+            start = time.perf_counter()
+            result = work()
+            synchronize(self.setting.device)
+            laps[name] = laps.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
+            return result
+
+        device, model = self.setting.device, self.model
+        batch = lap("data", lambda: {k: v.to(device) for k, v in next(self.batches).items()})
+        spec = lap("stft", lambda: model.stft(batch["mixture"]))
+        target = lap("stft", lambda: round_trip(model, batch["target"]))
+        stems = lap("network", lambda: self._network(spec))
+        length = batch["mixture"].shape[-1]
+        estimate = lap("stft", lambda: model.istft(stems, length))
+        loss = lap("loss", lambda: self.loss(estimate, target)[0])
+        lap("backward", loss.backward)
+        lap("optimizer", self._update)
+        return laps
+
+    def _network(self, spec: Tensor) -> Tensor:
+        setting = self.setting
+        enabled = setting.dtype != torch.float32
+        with torch.autocast(setting.device.type, setting.dtype, enabled=enabled):
+            return self.model.forward_spectrogram(spec)
+
+    def _update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 3.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,124 @@
+"""Separation scores as pure functions on arrays [channel, time]; all values in dB.
+
+An undefined value is NaN, a perfect one may be +inf; no function raises for a silent signal.
+"""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from models.errors import InputError
+
+BSS_SCORES = ("SDR", "ISR", "SIR", "SAR")
+# Keeps uSDR finite; the value of the authors' code (EuiYeonKim/BSMamba2@42eb8c8).
+USDR_EPSILON = 1e-7
+
+
+def usdr(reference: np.ndarray, estimate: np.ndarray) -> float:
+    """Utterance SDR: the energy ratio over a whole signal, both [channel, time].
+
+    `10 log10((sum s^2 + 1e-7) / (sum (s - e)^2 + 1e-7))`, as in the Music Demixing Challenge
+    (arXiv 2108.13559). It is finite for every input: an estimate of silence scores 0 dB, and
+    a silent reference scores far below 0 dB unless the estimate is silent too.
+    """
+    reference, estimate = _as_pair(reference, estimate)
+    signal = np.sum(reference**2) + USDR_EPSILON
+    error = np.sum((reference - estimate) ** 2) + USDR_EPSILON
+    return float(10 * np.log10(signal / error))
+
+
+def framewise_sdr(
+    reference: np.ndarray, estimate: np.ndarray, window: int = 44100, hop: int = 44100
+) -> np.ndarray:
+    """SDR of BSS Eval v4 for one source, [channel, time] -> [frame].
+
+    For one source the distortion filters cancel out of the SDR, which leaves the energy ratio
+    of each frame: this equals `museval.metrics.bss_eval(reference, estimate, window, hop)[0]`.
+    Like museval, a last frame shorter than the window is dropped, unless the whole signal is
+    shorter; a frame is NaN where the sum of the channels of the reference or of the estimate
+    is zero throughout, and +inf where the error is exactly zero. Where museval refuses a
+    signal that is silent from end to end, every frame here is NaN.
+    """
+    reference, estimate = _as_pair(reference, estimate)
+    signal = _frame_sums(np.sum(reference**2, axis=0), window, hop)
+    error = _frame_sums(np.sum((reference - estimate) ** 2, axis=0), window, hop)
+    silent = _frame_sums(reference.sum(axis=0) != 0, window, hop) == 0
+    silent |= _frame_sums(estimate.sum(axis=0) != 0, window, hop) == 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sdr = 10 * np.log10(signal / error)
+    return np.where(silent, np.nan, sdr)
+
+
+def csdr(reference: np.ndarray, estimate: np.ndarray, sample_rate: int = 44100) -> float:
+    """Chunk-level SDR of one track, [channel, time]: the median over its 1 s frames.
+
+    NaN frames are left out; NaN if there is no other.
+    """
+    return frame_median(framewise_sdr(reference, estimate, sample_rate, sample_rate))
+
+
+def frame_median(frames: np.ndarray) -> float:
+    """Median of frame scores without the NaN ones; NaN if there is no other."""
+    known = frames[~np.isnan(frames)]
+    return float(np.median(known)) if known.size else float("nan")
+
+
+def bss_eval(
+    references: np.ndarray, estimates: np.ndarray, window: int = 44100, hop: int = 44100
+) -> dict[str, np.ndarray]:
+    """SDR, ISR, SIR and SAR of BSS Eval v4 by museval, [source, channel, time] -> [source, frame].
+
+    The references must sum to the mixture for SIR and SAR to mean what they say. A frame in
+    which any reference or any estimate is silent is NaN for every source. museval raises for a
+    source that is silent from end to end (its projections are undefined); here every frame of
+    every source is NaN then.
+
+    Raises InputError if ffmpeg is missing, see `import_museval`.
+    """
+    references, estimates = _as_pair(references, estimates)
+    if _has_silent_source(references) or _has_silent_source(estimates):
+        frames = _frame_sums(references[0, 0], window, hop).shape[-1]
+        return {name: np.full((len(references), frames), np.nan) for name in BSS_SCORES}
+    scores = import_museval().bss_eval(
+        references.transpose(0, 2, 1), estimates.transpose(0, 2, 1), window=window, hop=hop
+    )
+    return dict(zip(BSS_SCORES, scores[:4], strict=True))
+
+
+def _as_pair(reference: np.ndarray, estimate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both in float64: float32 sums over a track lose 1e-4 dB."""
+    reference, estimate = np.asarray(reference, np.float64), np.asarray(estimate, np.float64)
+    if reference.shape != estimate.shape:
+        raise ValueError(f"reference {reference.shape} and estimate {estimate.shape} differ")
+    return reference, estimate
+
+
+def _frame_sums(values: np.ndarray, window: int, hop: int) -> np.ndarray:
+    """Sum over each whole frame of a signal [time], or over all of it if it is shorter."""
+    if values.shape[-1] <= window:
+        return values.sum(axis=-1, keepdims=True)
+    return sliding_window_view(values, window)[::hop].sum(axis=-1)
+
+
+def _has_silent_source(sources: np.ndarray) -> bool:
+    """museval's own test: a source is silent if the sum of its channels is zero throughout."""
+    return bool(np.any(np.all(sources.sum(axis=1) == 0, axis=-1)))
+
+
+def import_museval() -> ModuleType:
+    """`museval.metrics`. Raises InputError if ffmpeg is missing, which its imports need."""
+    try:
+        with warnings.catch_warnings():
+            # musdb's own imports warn about packages that separation scores do not use.
+            warnings.simplefilter("ignore")
+            import museval.metrics
+    except RuntimeError as error:
+        raise InputError(
+            "museval needs ffmpeg and ffprobe on the PATH: install ffmpeg "
+            "(apt install ffmpeg, brew install ffmpeg or ffmpeg.org)"
+        ) from error
+    return museval.metrics

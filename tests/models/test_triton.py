@@ -1,0 +1,168 @@
+"""The Triton mixer core against the sequential scan in float64: outputs and every gradient.
+
+Without a GPU the kernels run in Triton's interpreter, so the sizes are small.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    # Read when a kernel is decorated: it has to be set before the first import of triton.
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="triton is not installed")
+
+from models.scan.sequential import sequential_scan  # noqa: E402
+from models.scan.triton_mixer import mixer_core  # noqa: E402
+from models.scan.triton_plan import KernelConfig, Launch, MixerParameters  # noqa: E402
+
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+EPS = 1e-5
+NAMES = ("out", "proj", *MixerParameters._fields)
+
+
+def small(chunk: int = 16, headdim_tile: int = 64) -> KernelConfig:
+    return KernelConfig(chunk, headdim_tile, *[Launch(4, 1)] * 5)
+
+
+def draw(
+    shape: tuple[int, int, int], nheads: int, headdim: int, d_state: int, d_conv: int
+) -> tuple[Tensor, MixerParameters, Tensor]:
+    """Random proj, parameters at the scale of their initialisation, and an output gradient."""
+    rng = torch.Generator().manual_seed(7)
+    d_inner, d_xbc = nheads * headdim, nheads * headdim + 2 * d_state
+    dt = torch.exp(torch.rand(2, nheads, generator=rng) * 4.6 - 6.9)
+    params = MixerParameters(
+        conv_weight=torch.rand(2, d_conv, d_xbc, generator=rng) - 0.5,
+        conv_bias=torch.rand(2, d_xbc, generator=rng) - 0.5,
+        dt_bias=dt + torch.log(-torch.expm1(-dt)),
+        A_log=torch.log(1 + 15 * torch.rand(2, nheads, generator=rng)),
+        D=torch.randn(2, nheads, generator=rng),
+    )
+    proj = torch.randn(*shape, 2, d_inner + d_xbc + nheads, generator=rng)
+    return proj, params, torch.randn(*shape, 2, d_inner, generator=rng)
+
+
+def one_direction(proj: Tensor, params: MixerParameters, direction: int) -> Tensor:
+    """[s, l, width] -> [s, l, d_inner], step by step in the order of the formulas."""
+    taps, bias, dt_bias, A_log, D = (tensor[direction] for tensor in params)
+    nheads, d_xbc, length = len(D), len(bias), proj.shape[1]
+    d_inner = proj.shape[-1] - d_xbc - nheads
+    z, xbc, dt = proj.split([d_inner, d_xbc, nheads], dim=-1)
+    padded = F.pad(xbc, (0, 0, len(taps) - 1, 0))
+    xbc = F.silu(bias + sum(w * padded[:, j : j + length] for j, w in enumerate(taps)))
+    x, B, C = xbc.split([d_inner, (d_xbc - d_inner) // 2, (d_xbc - d_inner) // 2], dim=-1)
+    heads = x.unflatten(-1, (nheads, -1))
+    y = sequential_scan(heads, F.softplus(dt + dt_bias), -torch.exp(A_log), B, C, D).flatten(2)
+    v = y * F.silu(z)
+    return v * torch.rsqrt(v.square().mean(dim=-1, keepdim=True) + EPS)
+
+
+def reference(proj: Tensor, params: MixerParameters, axis: str) -> Tensor:
+    proj = proj.transpose(1, 2) if axis == "time" else proj
+    outer, inner, _ = proj.shape[:3]
+    sequences = proj.flatten(0, 1)  # s l 2 w
+    forward = one_direction(sequences[:, :, 0], params, 0)
+    backward = one_direction(sequences[:, :, 1].flip(1), params, 1).flip(1)
+    out = torch.stack([forward, backward], dim=2).unflatten(0, (outer, inner))
+    return out.transpose(1, 2) if axis == "time" else out
+
+
+def results(function, proj: Tensor, params: MixerParameters, dout: Tensor) -> dict[str, Tensor]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (proj, *params)]
+    out = function(leaves[0], MixerParameters(*leaves[1:]))
+    return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, dout)), strict=True))
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill every uninitialised tensor with NaN: whatever a kernel leaves unwritten shows."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *a, plain=plain, **k: plain(*a, **k).fill_(float("nan"))
+        )
+
+
+def assert_close(
+    case: tuple[Tensor, MixerParameters, Tensor],
+    axis: str,
+    config: KernelConfig | None,
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = 1e-5,
+) -> None:
+    proj, params, dout = case[0].to(dtype), case[1], case[2].to(dtype)
+    doubles = MixerParameters(*(tensor.double() for tensor in params))
+    expected = results(lambda p, w: reference(p, w, axis), proj.double(), doubles, dout.double())
+    actual = results(
+        lambda p, w: mixer_core(p, w, axis, eps=EPS, config=config),
+        proj.to(DEVICE),
+        MixerParameters(*(tensor.to(DEVICE) for tensor in params)),
+        dout.to(DEVICE),
+    )
+    for name, want in expected.items():
+        got = actual[name].cpu().double()
+        # At length 1 or under a very strong decay A has no influence: its gradient is 0 but for the
+        # rounding of sums that cancel, measured against the size of the output.
+        scale = want.norm() + 1e-3 * expected["out"].norm()
+        ratio = ((got - want).norm() / scale).item()
+        limit = tolerance * (10 if name in ("dt_bias", "A_log") else 1)
+        assert ratio < limit, f"{name}: relative error {ratio:.1e} is not below {limit:.0e}"
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("axis", ["time", "band"])
+@pytest.mark.parametrize("length", [1, 3, 16, 17])
+def test_lengths(axis: str, length: int) -> None:
+    shape = (1, length, 2) if axis == "time" else (1, 2, length)
+    assert_close(draw(shape, 2, 16, 16, 4), axis, small())
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(
+    ("nheads", "headdim", "d_state", "d_conv"), [(3, 20, 24, 3), (1, 40, 72, 2)]
+)
+def test_sizes_that_need_padding(nheads: int, headdim: int, d_state: int, d_conv: int) -> None:
+    assert_close(draw((1, 37, 1), nheads, headdim, d_state, d_conv), "time", small())
+
+
+@pytest.mark.usefixtures("poison")
+def test_head_split_into_tiles() -> None:
+    assert_close(draw((1, 1, 33), 2, 40, 16, 4), "band", small(headdim_tile=16))
+
+
+def test_default_configuration_covers_a_sequence_in_one_chunk() -> None:
+    assert KernelConfig.choose(torch.bfloat16, 62).chunk == 64
+    assert KernelConfig.choose(torch.bfloat16, 801).chunk == 64
+    assert_close(draw((2, 3, 5), 2, 16, 16, 4), "band", config=None)
+
+
+def test_half_precision() -> None:
+    # Triton's interpreter multiplies bfloat16 as integers, so float16 stands for both here.
+    assert_close(draw((1, 40, 1), 2, 16, 16, 4), "time", small(), torch.float16, tolerance=3e-3)
+
+
+def test_strong_decay_stays_finite() -> None:
+    proj, params, dout = draw((1, 20, 1), 2, 16, 16, 4)
+    proj[..., -2:] += 200.0
+    assert_close((proj, params, dout), "time", small(), tolerance=1e-4)
+
+
+def test_unsupported_input_is_refused() -> None:
+    proj, params, _ = draw((1, 2, 3), 2, 16, 16, 4)
+    with pytest.raises(TypeError, match="float64"):
+        mixer_core(proj.double(), params, "time")
+    with pytest.raises(ValueError, match="axis"):
+        mixer_core(proj, params, "frequency")
+    with pytest.raises(ValueError, match="contiguous"):
+        mixer_core(proj.transpose(1, 2), params, "time")
+    with pytest.raises(ValueError, match="width"):
+        mixer_core(proj[..., :-1].contiguous(), params, "time")
+    with pytest.raises(ValueError, match="d_conv"):
+        mixer_core(proj, params._replace(conv_weight=torch.zeros(2, 5, 64)), "time")

@@ -1,0 +1,211 @@
+"""The separation command and function on a tiny network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import separation.separate  # noqa: F401  (must not hide the function of that name)
+from models import BSMamba2, BSMamba2Config, load_checkpoint
+from models.checkpoint import save_checkpoint
+from models.errors import InputError
+from separation import Separator, separate
+from separation.separate import main
+
+
+def read(path: Path) -> tuple[np.ndarray, int]:
+    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    return samples.T, rate
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def assert_one_line(result, *words: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+def test_command_writes_vocals_and_instrumental(
+    checkpoint, song, run_separate, tmp_path: Path
+) -> None:
+    path = song(seconds=1.3)
+    out = tmp_path / "out"
+    result = run_separate(path, "--checkpoint", checkpoint, "-o", out, "--chunk-seconds", 0.5)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert "real-time factor" in result.stdout
+    assert names(out) == ["song/instrumental.wav", "song/vocals.wav"]
+    assert str(out / "song" / "vocals.wav") in result.stdout
+    mixture, _ = read(path)
+    vocals, rate = read(out / "song" / "vocals.wav")
+    instrumental, _ = read(out / "song" / "instrumental.wav")
+    assert rate == 44100
+    np.testing.assert_allclose(vocals + instrumental, mixture, atol=1e-6)
+    assert np.abs(vocals).max() > 0
+
+
+def test_short_song_is_what_the_network_says(checkpoint, song) -> None:
+    path = song(seconds=0.2)
+    mixture, _ = read(path)
+    with torch.inference_mode():
+        expected = load_checkpoint(checkpoint)(torch.from_numpy(mixture)[None])[0, 0].numpy()
+    np.testing.assert_allclose(separate(path, checkpoint)["vocals"], expected, atol=1e-6)
+    waveform = separate(mixture, checkpoint, sample_rate=44100)
+    np.testing.assert_array_equal(waveform["vocals"], separate(path, checkpoint)["vocals"])
+
+
+@pytest.mark.parametrize(
+    ("rate", "channels", "frames"),
+    [(48000, 2, 24000), (22050, 1, 11025), (44100, 1, 1), (96000, 2, 1), (8000, 1, 1999)],
+)
+def test_rate_length_and_channels_are_the_songs_own(
+    checkpoint, song, tmp_path: Path, rate: int, channels: int, frames: int
+) -> None:
+    samples = 0.1 * np.random.default_rng(0).standard_normal((channels, frames))
+    path = song("a.wav", samples=samples, rate=rate)
+    assert main([str(path), "--checkpoint", str(checkpoint), "-o", str(tmp_path / "out")]) == 0
+    for stem in ("vocals", "instrumental"):
+        audio, written_rate = read(tmp_path / "out" / "a" / f"{stem}.wav")
+        assert (audio.shape, written_rate) == ((channels, frames), rate)
+        assert np.isfinite(audio).all()
+
+
+def test_silence_gives_silence(checkpoint, song) -> None:
+    stems = separate(song(samples=np.zeros((2, 20000))), checkpoint)
+    assert all(not stem.any() for stem in stems.values())
+
+
+def test_every_stem_of_the_model_is_written(two_stem_checkpoint, song, tmp_path: Path) -> None:
+    path = song()
+    main([str(path), "--checkpoint", str(two_stem_checkpoint), "-o", str(tmp_path / "out")])
+    folder = tmp_path / "out" / "song"
+    assert names(folder) == ["drums.wav", "instrumental.wav", "vocals.wav"]
+    total = read(folder / "vocals.wav")[0] + read(folder / "instrumental.wav")[0]
+    np.testing.assert_allclose(total, read(path)[0], atol=1e-6)
+
+
+def test_function_is_not_hidden_by_the_command_module(checkpoint, song) -> None:
+    import separation
+
+    assert set(separation.separate(song(), checkpoint)) == {"vocals", "instrumental"}
+
+
+def test_separator_is_reused_and_options_reach_it(checkpoint, song) -> None:
+    separator = Separator.from_checkpoint(checkpoint, "cpu", chunk_seconds=0.1, overlap=0.5)
+    counts: list[int] = []
+    separate(song(seconds=0.5), separator, progress=counts.append)
+    # 4410-sample chunks every 2205 samples: eight hops and the last chunk.
+    assert counts == [2205] * 8 + [4410]
+    paper = Separator.from_checkpoint(checkpoint, "cpu", chunk_seconds=0.1, protocol="paper")
+    counts.clear()
+    separate(song(seconds=0.45), paper, progress=counts.append)
+    assert counts == [4410] * 4 + [2205]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overlap": 1.5}, "overlap 1.5"),
+        ({"chunk_seconds": 0}, "chunk of 0"),
+        ({"chunk_seconds": float("inf")}, "chunk of inf"),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"protocol": "mine"}, "protocol 'mine'"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"device": "toaster"}, "device 'toaster'"),
+    ],
+)
+def test_impossible_options(checkpoint, options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Separator.from_checkpoint(checkpoint, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_missing_gpu(checkpoint) -> None:
+    with pytest.raises(InputError, match="not available"):
+        Separator.from_checkpoint(checkpoint, "cuda")
+
+
+def bad_songs() -> list[tuple[str, np.ndarray, str]]:
+    nan = np.zeros((2, 100))
+    nan[0, 3] = np.nan
+    return [
+        ("empty.wav", np.zeros((2, 0)), "0 samples"),
+        ("nan.wav", nan, "NaN"),
+        ("surround.wav", np.zeros((6, 100)), "6 channels"),
+    ]
+
+
+@pytest.mark.parametrize(("name", "samples", "message"), bad_songs())
+def test_bad_songs_through_the_function(
+    checkpoint, song, name: str, samples: np.ndarray, message: str
+) -> None:
+    with pytest.raises(InputError, match=rf"{name}: .*{message}"):
+        separate(song(name, samples=samples), checkpoint)
+
+
+def test_bad_song_is_one_line_and_writes_nothing(checkpoint, run_separate, tmp_path: Path) -> None:
+    path = tmp_path / "noise.wav"
+    path.write_bytes(b"RIFF\x00\x00\x00\x00WAVEjunk" + bytes(range(256)))
+    out = tmp_path / "out"
+    result = run_separate(path, "--checkpoint", checkpoint, "-o", out)
+    assert_one_line(result, "noise.wav", "not an audio file")
+    assert names(out) == []
+
+
+def test_other_songs_go_on_after_a_bad_one(
+    checkpoint, song, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    songs = [song(name, seconds=0.1) for name in ("a.wav", "c.wav")]
+    bad = song("b.wav", samples=np.zeros((2, 0)))
+    arguments = [songs[0], bad, songs[1], "--checkpoint", checkpoint, "-o", tmp_path / "out"]
+    assert main(list(map(str, arguments))) == 2
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [f"error: {bad}: has 0 samples; nothing to separate"]
+    assert "2 of 3 songs separated" in captured.out
+    assert {Path(name).parts[0] for name in names(tmp_path / "out")} == {"a", "c"}
+
+
+def test_bad_checkpoints(song, run_separate, tmp_path: Path) -> None:
+    path = tmp_path / "other.pt"
+    path.write_bytes(b"not weights")
+    result = run_separate(song(), "--checkpoint", path, "-o", tmp_path / "out")
+    assert_one_line(result, "other.pt")
+    torch.save({"state_dict": {"layer.weight": torch.zeros(3)}}, path)
+    with pytest.raises(InputError, match=r"other\.pt.*another architecture"):
+        separate(song(), path)
+
+
+def test_two_songs_of_one_name_are_refused_before_work(checkpoint, song, tmp_path: Path) -> None:
+    first, second = song("x/song.wav"), song("y/song.wav")
+    with pytest.raises(InputError, match=r"both would write .*song; rename"):
+        main([str(first), str(second), "--checkpoint", str(checkpoint), "-o", str(tmp_path / "o")])
+    assert not (tmp_path / "o").exists()
+
+
+def test_output_that_cannot_be_written(checkpoint, song, tmp_path: Path) -> None:
+    taken = tmp_path / "out"
+    taken.write_text("a file, not a folder")
+    with pytest.raises(InputError, match="out: cannot be written"):
+        main([str(song()), "--checkpoint", str(checkpoint), "-o", str(taken)])
+
+
+def test_stem_name_that_leaves_the_folder(song, tmp_path: Path) -> None:
+    config = BSMamba2Config(dim=8, depth=1, d_state=16, headdim=16, stem_names=("../../vocals",))
+    path = tmp_path / "odd.pt"
+    save_checkpoint(path, config, BSMamba2(config).state_dict())
+    with pytest.raises(InputError, match=r"stem '\.\./\.\./vocals'"):
+        main([str(song()), "--checkpoint", str(path), "-o", str(tmp_path / "out" / "deep")])
+    assert not (tmp_path / "vocals.wav").exists()
+
+
+def test_waveform_needs_its_rate(checkpoint) -> None:
+    with pytest.raises(InputError, match="sample_rate"):
+        separate(np.zeros((2, 10)), checkpoint)

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from models.errors import InputError
+from training.data.activity import ActivityIndex, build_activity_index
+from training.data.mixing import AlignedSegments, ExampleCounter, RandomMixes
+from training.data.sources import STEMS, open_dataset
+
+SEGMENT = 4410
+
+
+@pytest.fixture
+def tracks(tmp_path: Path, make_folder_track) -> list:
+    for number in range(3):
+        make_folder_track(tmp_path / "test" / f"{number}", seconds=0.5, seed=number)
+    return open_dataset(tmp_path, "test")
+
+
+@pytest.fixture
+def index(tracks: list) -> ActivityIndex:
+    return build_activity_index(tracks, STEMS, SEGMENT)
+
+
+def mixes(tracks: list, index: ActivityIndex, targets=STEMS, **options) -> RandomMixes:
+    return RandomMixes(tracks, index, targets, **{"seed": 7, **options})
+
+
+def test_mixture_is_the_sum_of_the_scaled_stems_bit_for_bit(tracks, index) -> None:
+    dataset = mixes(tracks, index)
+    for i in range(20):
+        example = dataset[i]
+        total = np.zeros((2, SEGMENT), dtype=np.float32)
+        for stem in example["target"].numpy():
+            total = total + stem
+        np.testing.assert_array_equal(example["mixture"].numpy(), total)
+    assert example["target"].shape == (4, 2, SEGMENT)
+    assert example["mixture"].dtype == torch.float32
+
+
+def test_targets_are_listed_windows_times_one_gain(tracks, index) -> None:
+    dataset = mixes(tracks, index)
+    windows = {
+        stem: np.stack([tracks[t].read(stem, s, SEGMENT) for t, s in index.windows[stem]])
+        for stem in STEMS
+    }
+    gains, sources, silent = [], set(), 0
+    for i in range(150):
+        for stem, target in zip(STEMS, dataset[i]["target"].numpy(), strict=True):
+            if not target.any():
+                silent += 1
+                continue
+            products = np.einsum("wct,ct->w", windows[stem], target)
+            fitted = products / np.einsum("wct,wct->w", windows[stem], windows[stem])
+            source = int(np.argmax(fitted))
+            np.testing.assert_allclose(fitted[source] * windows[stem][source], target, atol=1e-6)
+            sources.add((stem, source))
+            gains.append(fitted[source])
+    assert len(sources) >= 0.95 * sum(len(rows) for rows in index.windows.values())
+    assert 0.5 <= min(gains) < 0.53
+    assert 1.47 < max(gains) <= 1.5
+    assert abs(np.mean(gains) - 1) < 0.05
+    assert 35 <= silent <= 85  # 600 draws at 0.1: 60 +- 7.3
+
+
+def test_stems_are_drawn_independently(tracks, index) -> None:
+    dataset = mixes(tracks, index)
+    gains = torch.stack([dataset[i]["target"].std(dim=(1, 2)) for i in range(200)])
+    off_diagonal = torch.corrcoef(gains.T) - torch.eye(4)
+    assert off_diagonal.abs().max() < 0.25
+
+
+def test_target_stems_choose_and_order(tracks, index) -> None:
+    everything = mixes(tracks, index)[3]
+    some = mixes(tracks, index, ("bass", "vocals"))[3]
+    assert torch.equal(some["target"], everything["target"][[2, 0]])
+    assert torch.equal(some["mixture"], everything["mixture"])
+
+
+def test_silence_and_gain_options(tracks, index) -> None:
+    assert not mixes(tracks, index, silent_prob=1.0)[0]["mixture"].any()
+    example = mixes(tracks, index, silent_prob=0.0, gain=(1.0, 1.0))[0]
+    window = example["target"][0].numpy()
+    listed = [tracks[t].read("vocals", s, SEGMENT) for t, s in index.windows["vocals"]]
+    assert any(np.array_equal(window, candidate) for candidate in listed)
+
+
+def stream(dataset: RandomMixes, count: int, workers: int, **counter: int) -> torch.Tensor:
+    loader = DataLoader(
+        dataset, batch_size=2, sampler=ExampleCounter(**counter), num_workers=workers
+    )
+    batches = itertools.islice(loader, count // 2)
+    return torch.cat([batch["mixture"] for batch in batches])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_stream_is_the_same_for_any_number_of_workers(tracks, index, workers: int) -> None:
+    dataset = mixes(tracks, index)
+    expected = stream(dataset, 12, workers=0)
+    assert torch.equal(stream(dataset, 12, workers), expected)
+    assert len({tuple(row[0, :3].tolist()) for row in expected}) == 12
+    assert not torch.equal(stream(mixes(tracks, index, seed=8), 12, 0), expected)
+
+
+def test_stream_resumes_and_splits_over_ranks(tracks, index) -> None:
+    dataset = mixes(tracks, index)
+    expected = stream(dataset, 12, workers=0)
+    assert torch.equal(stream(dataset, 8, 0, start=4), expected[4:])
+    ranks = [stream(dataset, 4, 0, start=4, rank=rank, world_size=2) for rank in (0, 1)]
+    assert torch.equal(torch.stack(ranks, dim=1).flatten(0, 1), expected[4:])
+    assert list(ExampleCounter(3, stop=10, rank=1, world_size=3)) == [4, 7]
+
+
+def test_corrupt_file_is_reported_once_and_replaced_by_another(tracks, index, caplog) -> None:
+    whole = [mixes(tracks, index)[i] for i in range(40)]
+    path = tracks[1].folder / "vocals.wav"
+    path.write_bytes(b"no longer a wav")
+    dataset = mixes(tracks, index)
+    damaged = [dataset[i] for i in range(40)]
+    (record,) = caplog.records
+    assert str(path) in record.getMessage()
+    assert dataset.broken.nonzero().tolist() == [[1, 0]]
+    changed = 0
+    for before, after in zip(whole, damaged, strict=True):
+        assert bool(after["target"][0].any()) == bool(before["target"][0].any())
+        assert torch.equal(after["target"][1:], before["target"][1:])
+        changed += not torch.equal(after["target"][0], before["target"][0])
+    assert 5 <= changed <= 25
+    assert all(torch.equal(dataset[i]["mixture"], damaged[i]["mixture"]) for i in range(40))
+
+
+def test_broken_files_are_known_to_the_main_process(tracks, index) -> None:
+    (tracks[2].folder / "bass.wav").unlink()
+    dataset = mixes(tracks, index)
+    stream(dataset, 20, workers=2)
+    assert dataset.broken.nonzero().tolist() == [[2, 2]]
+
+
+def test_all_files_corrupt_ends_in_one_line(tracks, index) -> None:
+    for track in tracks:
+        (track.folder / "drums.wav").write_bytes(b"")
+    with pytest.raises(InputError, match="50 reads of 'drums' failed in a row"):
+        mixes(tracks, index, silent_prob=0.0)[0]
+
+
+def test_aligned_segments_are_the_song_itself(tracks, index) -> None:
+    dataset = AlignedSegments(tracks, index, ("vocals", "other"))
+    assert len(dataset) == len(index.windows["vocals"])
+    track, start = index.windows["vocals"][5]
+    example = dataset[5]
+    read = [tracks[track].read(stem, start, SEGMENT) for stem in STEMS]
+    np.testing.assert_array_equal(example["target"].numpy(), np.stack([read[0], read[3]]))
+    mixture = tracks[track].read("mixture", start, SEGMENT)
+    np.testing.assert_array_equal(example["mixture"].numpy(), mixture)  # int16 sums are exact
+
+
+def test_aligned_segments_are_evenly_chosen(tracks, index) -> None:
+    everything = AlignedSegments(tracks, index, ("vocals",))
+    some = AlignedSegments(tracks, index, ("vocals",), max_segments=4)
+    last = len(everything) - 1
+    chosen = [everything.windows.tolist().index(row) for row in some.windows.tolist()]
+    assert chosen == [0, round(last / 3), round(2 * last / 3), last]
+    assert len(AlignedSegments(tracks, index, ("vocals",), max_segments=10**6)) == last + 1
+
+
+def test_no_active_window_and_unknown_stem(tracks, tmp_path: Path, make_folder_track) -> None:
+    make_folder_track(tmp_path / "quiet" / "test" / "a", vocals=np.zeros((44_100, 2)))
+    quiet = open_dataset(tmp_path / "quiet", "test")
+    index = build_activity_index(quiet, STEMS, SEGMENT)
+    for build in (AlignedSegments, lambda *args: RandomMixes(*args, seed=0)):
+        with pytest.raises(InputError, match="no active 0.1 s window of 'vocals' in 1 tracks"):
+            build(quiet, index, ("vocals",))
+        with pytest.raises(InputError, match="unknown target stems .*piano.*choose from vocals"):
+            build(quiet, index, ("piano",))
+    assert len(AlignedSegments(quiet, index, ("vocals", "bass"))) > 0

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import soundfile
+
+from models.errors import InputError
+from training.data import stem_files
+from training.data.excerpt import write_excerpt
+from training.data.musdb_sample import fetch_musdb_sample
+from training.data.sources import (
+    MUSDB_VALIDATION_TRACKS,
+    STEMS,
+    CorruptAudioError,
+    open_dataset,
+)
+
+RATE = 44_100
+
+
+@pytest.fixture
+def root(tmp_path: Path, make_folder_track) -> Path:
+    for number in range(4):
+        make_folder_track(tmp_path / "train" / f"song {number}", seed=number)
+    make_folder_track(tmp_path / "test" / "held out", seed=9)
+    return tmp_path
+
+
+def names(root: Path, subset: str) -> list[str]:
+    return [track.name for track in open_dataset(root, subset)]
+
+
+def test_partial_read_is_the_slice_of_the_file(root: Path) -> None:
+    track = open_dataset(root, "train")[1]
+    whole, _ = soundfile.read(root / "train" / "song 1" / "bass.wav", dtype="float32")
+    part = track.read("bass", 1234, 500)
+    assert (track.name, track.frames, track.sample_rate) == ("song 1", RATE, RATE)
+    assert track.stems == STEMS
+    assert part.dtype == np.float32
+    assert part.flags.c_contiguous
+    np.testing.assert_array_equal(part, whole[1234:1734].T)
+    np.testing.assert_array_equal(track.read("bass", 1234), whole[1234:].T)
+
+
+def test_mixture_is_the_file_or_else_the_sum(root: Path) -> None:
+    track = open_dataset(root, "train")[0]
+    from_file = track.read("mixture", 10, 100)
+    (root / "train" / "song 0" / "mixture.wav").unlink()
+    track = open_dataset(root, "train")[0]
+    np.testing.assert_array_equal(track.read("mixture", 10, 100), from_file)
+    assert [path.stem for path in track.files] == list(STEMS)
+
+
+def test_reading_beyond_the_end_is_refused(root: Path) -> None:
+    track = open_dataset(root, "train")[0]
+    with pytest.raises(ValueError, match="44000..44101 of 44100"):
+        track.read("bass", 44_000, 101)
+
+
+def test_split_without_musdb_names_holds_out_the_last_track(root: Path) -> None:
+    assert names(root, "train") == ["song 0", "song 1", "song 2"]
+    assert names(root, "valid") == ["song 3"]
+    assert names(root, "test") == ["held out"]
+
+
+def test_split_with_a_valid_folder_uses_it(root: Path, make_folder_track) -> None:
+    make_folder_track(root / "valid" / "chosen")
+    assert names(root, "valid") == ["chosen"]
+    assert len(names(root, "train")) == 4
+
+
+def test_split_of_musdb_is_the_packages_own(tmp_path: Path, make_folder_track) -> None:
+    for name in MUSDB_VALIDATION_TRACKS:
+        make_folder_track(tmp_path / "train" / name, seconds=0.01)
+    make_folder_track(tmp_path / "train" / "Zeno - Last By Name", seconds=0.01)
+    assert names(tmp_path, "valid") == sorted(MUSDB_VALIDATION_TRACKS)
+    assert names(tmp_path, "train") == ["Zeno - Last By Name"]
+    musdb = pytest.importorskip("musdb")
+    setup = musdb.DB(root=str(tmp_path), is_wav=True, subsets="test").setup
+    assert sorted(MUSDB_VALIDATION_TRACKS) == sorted(setup["validation_tracks"])
+
+
+def silence(channels: int, frames: int = RATE) -> np.ndarray:
+    return np.zeros((frames, channels), dtype=np.int16)
+
+
+def break_missing(stem: Path) -> None:
+    stem.unlink()
+
+
+def break_shorter(stem: Path) -> None:
+    soundfile.write(stem, silence(2, 44_000), RATE, "PCM_16")
+
+
+def break_rate(stem: Path) -> None:
+    soundfile.write(stem, silence(2), 48_000, "PCM_16")
+
+
+def break_mono(stem: Path) -> None:
+    soundfile.write(stem, silence(1), RATE, "PCM_16")
+
+
+def break_corrupt(stem: Path) -> None:
+    stem.write_bytes(b"not a wav file" * 100)
+
+
+def break_zero_bytes(stem: Path) -> None:
+    stem.write_bytes(b"")
+
+
+def break_zero_samples(stem: Path) -> None:
+    soundfile.write(stem, silence(2, 0), RATE, "PCM_16")
+
+
+def break_cut(stem: Path) -> None:
+    stem.write_bytes(stem.read_bytes()[:50_000])
+
+
+BREAKAGES = {
+    "missing": (break_missing, "is missing: add it"),
+    "shorter": (break_shorter, "has 44000 samples but vocals.wav has 44100: cut or pad"),
+    "rate": (break_rate, "has 48000 Hz, expected 44100: resample"),
+    "mono": (break_mono, r"has 1 channel\(s\), expected stereo: convert"),
+    "corrupt": (break_corrupt, r"is not readable audio \(.*\): restore it"),
+    "zero bytes": (break_zero_bytes, r"is empty \(0 bytes\): restore it"),
+    "zero samples": (break_zero_samples, "holds no samples: restore it"),
+    "cut": (break_cut, r"has \d+ samples but vocals.wav has 44100: cut or pad"),
+}
+
+
+@pytest.mark.parametrize("kind", BREAKAGES)
+def test_broken_stem_is_named_with_its_remedy(root: Path, kind: str) -> None:
+    breaks, message = BREAKAGES[kind]
+    stem = root / "train" / "song 1" / "bass.wav"
+    breaks(stem)
+    with pytest.raises(InputError, match=f"^{stem} {message}") as caught:
+        open_dataset(root, "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_all_broken_tracks_are_reported_at_once(root: Path, caplog) -> None:
+    break_missing(root / "train" / "song 0" / "bass.wav")
+    break_mono(root / "train" / "song 2" / "other.wav")
+    with pytest.raises(InputError, match=r"2 broken tracks: .*song 0/bass.wav .*song 2/other.wav"):
+        open_dataset(root, "train")
+    kept = open_dataset(root, "train", skip_broken=True)
+    assert [track.name for track in kept] == ["song 1"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+
+
+def test_track_of_another_rate_is_refused_as_a_whole(tmp_path: Path, make_folder_track) -> None:
+    make_folder_track(tmp_path / "test" / "a", rate=48_000)
+    with pytest.raises(InputError, match="vocals.wav has 48000 Hz"):
+        open_dataset(tmp_path, "test")
+
+
+def test_test_track_needs_its_mixture(root: Path) -> None:
+    (root / "test" / "held out" / "mixture.wav").unlink()
+    with pytest.raises(InputError, match=r"held out/mixture.wav is missing"):
+        open_dataset(root, "test")
+
+
+def test_roots_without_tracks(tmp_path: Path, make_folder_track) -> None:
+    with pytest.raises(InputError, match="data root .*/nowhere does not exist: name the folder"):
+        open_dataset(tmp_path / "nowhere", "train")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        open_dataset(tmp_path / "file", "train")
+    with pytest.raises(InputError, match="has no folder 'train'"):
+        open_dataset(tmp_path, "train")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(InputError, match="train holds no tracks: expected train/<track>/vocals"):
+        open_dataset(tmp_path, "train")
+    make_folder_track(tmp_path / "train" / "only one")
+    with pytest.raises(InputError, match="no track left to train on"):
+        open_dataset(tmp_path, "train")
+    with pytest.raises(InputError, match="unknown subset 'dev'"):
+        open_dataset(tmp_path, "dev")
+
+
+def test_damage_after_opening_is_a_corrupt_audio_error(root: Path) -> None:
+    track = open_dataset(root, "train")[0]
+    paths = {stem: root / "train" / "song 0" / f"{stem}.wav" for stem in STEMS}
+    break_cut(paths["vocals"])
+    break_corrupt(paths["drums"])
+    break_missing(paths["bass"])
+    soundfile.write(paths["other"], np.full((RATE, 2), np.nan), RATE, "FLOAT")
+    messages = {"vocals": "is cut", "drums": "cannot", "bass": "cannot", "other": "has NaN"}
+    for stem, message in messages.items():
+        with pytest.raises(CorruptAudioError, match=f"{stem}.wav {message}") as caught:
+            track.read(stem, 20_000, 1000)
+        assert caught.value.path == paths[stem]
+
+
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
+
+
+@needs_ffmpeg
+def test_stem_file_reads_like_its_decoded_whole(tmp_path: Path) -> None:
+    stempeg = pytest.importorskip("stempeg")
+    source = Path(stempeg.example_stem_path())
+    (tmp_path / "test").mkdir()
+    shutil.copy(source, tmp_path / "test")
+    (track,) = open_dataset(tmp_path, "test")
+    reference, rate = stempeg.read_stems(str(source), stem_id=4, ffmpeg_format="s16le")
+    assert (track.name, track.sample_rate) == ("The Easton Ellises - Falcon 69", rate)
+    assert track.frames == len(reference) == 268_288
+    np.testing.assert_array_equal(
+        track.read("vocals", 100_001, 33_333), reference[100_001:133_334].T
+    )
+
+
+@needs_ffmpeg
+def test_excerpt_unpacks_to_a_data_root(tmp_path: Path) -> None:
+    folder = write_excerpt(tmp_path / "real")
+    written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert write_excerpt(tmp_path / "real") == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
+    (track,) = open_dataset(tmp_path / "real", "test")
+    assert track.frames == 268_288
+    mixture = track.read("mixture")
+    total = sum(track.read(stem) for stem in STEMS)
+    error = np.sum((mixture - total) ** 2) / np.sum(mixture**2)
+    assert 10 * np.log10(error) < -10  # AAC and mastering keep the two apart
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@needs_ffmpeg
+def test_broken_stem_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "a.stem.mp4").write_bytes(b"not an mp4")
+    with pytest.raises(InputError, match=r"a\.stem\.mp4 is not readable by ffmpeg"):
+        open_dataset(tmp_path, "test")
+
+
+def test_missing_ffmpeg_says_how_to_get_it(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "a.stem.mp4").write_bytes(b"")
+    monkeypatch.setattr(stem_files.shutil, "which", lambda program: None)
+    with pytest.raises(InputError, match="ffmpeg is not on the PATH.*apt install ffmpeg"):
+        open_dataset(tmp_path, "test")
+
+
+@needs_ffmpeg
+def test_sample_without_internet_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch
+) -> None:
+    musdb = pytest.importorskip("musdb")
+
+    def unreachable(request: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(musdb, "urlopen", unreachable)
+    with pytest.raises(InputError, match="could not be downloaded .*no route to host.*synthetic"):
+        fetch_musdb_sample(tmp_path / "sample")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "other").write_text("")
+    with pytest.raises(InputError, match="is not an empty folder"):
+        fetch_musdb_sample(tmp_path)

@@ -1,0 +1,312 @@
+"""Whole runs of a tiny network: what they write, how they resume, stop and fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import BSMamba2, load_checkpoint
+from models.checkpoint import read_checkpoint
+from models.errors import InputError, run_command
+from training.config import load_config
+from training.run_folder import RunFolder
+from training.train import main
+from training.trainer import Trainer
+
+MAIN = Path(__file__).parents[2]
+
+
+def train(config: Path, *words: str) -> int:
+    return main(["--config", str(config), *words])
+
+
+def read_rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def make_trainer(config: Path, *overrides: str) -> Trainer:
+    parsed = load_config(config, overrides)
+    return Trainer(parsed, RunFolder(parsed.run.dir), None)
+
+
+def assert_equal(left: Any, right: Any, name: str = "state") -> None:
+    """Bitwise equality of nested containers of tensors."""
+    assert type(left) is type(right), name
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), name
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), name
+        for key in left:
+            assert_equal(left[key], right[key], f"{name}.{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), name
+        for number, pair in enumerate(zip(left, right, strict=True)):
+            assert_equal(*pair, f"{name}.{number}")
+    else:
+        assert left == right, name
+
+
+def test_a_run_writes_what_it_promises(tiny_config: Path, tmp_path: Path) -> None:
+    words = ["run.tensorboard=true", "training.keep_checkpoints=1", "data.num_workers=1"]
+    assert train(tiny_config, *words) == 0
+    run = tmp_path / "run"
+    files = {path.name for path in (run / "checkpoints").iterdir()}
+    assert files == {"last.pt", "best.pt", "step_00000004.pt"}
+    assert load_config(run / "config.yaml").training.keep_checkpoints == 1
+    rows = read_rows(run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        spectral = sum(row[f"loss_stft_{w}"] for w in (4096, 2048, 1024, 512, 256))
+        assert row["loss"] == pytest.approx(10 * row["loss_time"] + spectral, rel=1e-5)
+        assert row["learning_rate"] == 1e-2
+        assert row["grad_norm"] > 0 and row["seconds_per_step"] > 0
+    assert ["valid_usdr" in row for row in rows] == [False, False, False, True]
+    best = read_checkpoint(run / "checkpoints" / "best.pt")
+    assert best.training == {"step": 4, "usdr": rows[-1]["valid_usdr"]}
+    assert isinstance(load_checkpoint(run / "checkpoints" / "best.pt"), BSMamba2)
+    assert_tensorboard(run / "tensorboard", rows)
+
+
+def assert_tensorboard(folder: Path, rows: list[dict[str, float]]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = events.Tags()
+    assert {"loss", "loss_time", "learning_rate", "grad_norm", "valid_usdr"} <= set(tags["scalars"])
+    logged = [event.value for event in events.Scalars("loss")]
+    assert logged == pytest.approx([row["loss"] for row in rows], rel=1e-6)
+    assert set(tags["audio"]) == {f"vocals/{k}" for k in ("mixture", "estimate", "truth")}
+    assert tags["images"] == ["vocals/spectrograms"]
+
+
+def test_resumed_run_equals_an_uninterrupted_one(tiny_config: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = ["training.validate_every=2"]
+    assert train(tiny_config, f"run.dir={whole}", *words) == 0
+    words.append(f"run.dir={parts}")
+    assert train(tiny_config, *words, "training.max_steps=2") == 0
+    with (parts / "metrics.jsonl").open("a") as file:
+        # A run that was killed had gone on beyond its last checkpoint.
+        file.write('{"step": 3, "loss": -1}\n{"step": 4, "lo')
+    assert train(tiny_config, "--resume", "auto", *words) == 0
+    states = [read_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, parts)]
+    for state in states:
+        del state.training["seconds"], state.training["config"]
+    assert_equal(states[0].state_dict, states[1].state_dict)
+    assert_equal(states[0].training, states[1].training)
+    assert states[1].training["examples"] == 8
+    for row, other in zip(read_rows(whole), read_rows(parts), strict=True):
+        for name in ("step", "loss", "grad_norm", "valid_usdr"):
+            assert row.get(name) == other.get(name)
+
+
+def test_accumulated_batches_equal_one_large_batch(tiny_config: Path) -> None:
+    weights = []
+    for words in (
+        ["training.batch_size=4", "training.accumulation=1"],
+        ["training.batch_size=1", "training.accumulation=4"],
+    ):
+        trainer = make_trainer(tiny_config, *words)
+        trainer.train_step(trainer.loaders.training(0))
+        gradients = [state["exp_avg"] for state in trainer.optimizer.state.values()]
+        weights.append(torch.cat([g.flatten() for g in gradients]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-7)
+
+
+def test_one_step_is_adamw_on_the_clipped_gradient(tiny_config: Path) -> None:
+    trainer = make_trainer(tiny_config, "training.accumulation=1", "training.clip_norm=0.01")
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    means = trainer.train_step(trainer.loaders.training(0))
+    first = trainer.optimizer.state
+    moments = {n: first[p]["exp_avg"] for n, p in trainer.model.named_parameters()}
+    # After one step exp_avg is 0.1 of the gradient, which was clipped to 0.01.
+    norm = torch.cat([m.flatten() for m in moments.values()]).norm() / 0.1
+    assert float(means["grad_norm"]) > 0.01
+    assert float(norm) == pytest.approx(0.01, rel=1e-3)
+    for name, parameter in trainer.model.named_parameters():
+        gradient = moments[name] / 0.1
+        update = gradient / (gradient.abs() + 1e-8)
+        expected = before[name] * (1 - 1e-2 * 0.01) - 1e-2 * update
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_averaged_weights_ship_unless_asked_otherwise(tiny_config: Path, tmp_path: Path) -> None:
+    assert train(tiny_config, "run.dir=" + str(tmp_path / "ema")) == 0
+    assert train(tiny_config, "run.dir=" + str(tmp_path / "raw"), "training.save_ema=false") == 0
+    ema, raw = (
+        read_checkpoint(tmp_path / run / "checkpoints" / "last.pt") for run in ("ema", "raw")
+    )
+    assert_equal(raw.state_dict, dict(ema.training["weights"]))
+    assert_equal(raw.training["ema"], ema.state_dict)
+    assert not torch.equal(
+        ema.state_dict["final_norm.gamma"], ema.training["weights"]["final_norm.gamma"]
+    )
+
+
+def test_learns_and_validates_with_several_stems(tiny_config: Path, tmp_path: Path) -> None:
+    words = ["model.stem_names=[bass, vocals]", "model.num_stems=2", "training.max_steps=6"]
+    assert train(tiny_config, *words, "training.validate_every=3") == 0
+    rows = read_rows(tmp_path / "run")
+    assert rows[-1]["valid_loss"] < rows[2]["valid_loss"]
+    both = (rows[-1]["valid_usdr_bass"] + rows[-1]["valid_usdr_vocals"]) / 2
+    assert rows[-1]["valid_usdr"] == pytest.approx(both)
+
+
+def test_bf16_is_autocast_over_float32_weights(tiny_config: Path) -> None:
+    plain = make_trainer(tiny_config)
+    half = make_trainer(tiny_config, "training.precision=bf16")
+    batch = next(plain.loaders.training(0))
+    estimates = [trainer.estimate(batch["mixture"]) for trainer in (plain, half)]
+    error = (estimates[0] - estimates[1]).norm() / estimates[0].norm()
+    assert 1e-4 < float(error.detach()) < 3e-2
+    half.backward(batch)
+    assert {p.grad.dtype for p in half.model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_time_limit_validates_saves_and_ends(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "seconds", property(lambda trainer: 60.0 * trainer.step))
+    assert train(tiny_config, "training.max_minutes=3") == 0
+    rows = read_rows(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert "valid_usdr" in rows[-1]
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt").training["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+)
+def test_signal_finishes_the_step_and_saves(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    step = Trainer.train_step
+
+    def step_and_signal(self: Trainer, batches: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return step(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", step_and_signal)
+    handler = signal.getsignal(number)
+    assert train(tiny_config) == code
+    assert signal.getsignal(number) is handler
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt").training["step"] == 1
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == [1]
+
+
+def test_second_interrupt_stops_at_once(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt_twice(self: Trainer, batches: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupt_twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config)
+    assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+
+
+def test_not_finite_loss_stops_before_the_weights_change(tiny_config: Path) -> None:
+    trainer = make_trainer(tiny_config)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    broken = next(trainer.loaders.training(0))
+    broken["mixture"][0, 0, 100] = float("nan")
+    with pytest.raises(InputError, match=r"^step 1: the loss \(nan\).*training.learning_rate"):
+        trainer.train_step(iter([broken, broken]))
+    assert_equal(before, {name: p.detach() for name, p in trainer.model.named_parameters()})
+
+
+def test_gpu_memory_error_names_the_remedy(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(self: Trainer, batches: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "train_step", run_out)
+    with pytest.raises(InputError, match="training.batch_size.*model.gradient_checkpointing"):
+        train(tiny_config)
+
+
+def test_new_run_does_not_overwrite_an_old_one(tiny_config: Path) -> None:
+    assert train(tiny_config, "training.max_steps=1") == 0
+    with pytest.raises(InputError, match="already holds a run: go on with --resume auto"):
+        train(tiny_config)
+
+
+def test_resume_auto_starts_afresh_in_an_empty_folder(tiny_config: Path, tmp_path: Path) -> None:
+    assert train(tiny_config, "--resume", "auto", "training.max_steps=1") == 0
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+
+
+def test_resume_skips_a_damaged_checkpoint(
+    tiny_config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["training.checkpoint_every=1", "training.max_steps=2"]
+    assert train(tiny_config, *words) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    for name in ("last.pt", "step_00000002.pt"):
+        (folder / name).unlink()
+        (folder / name).write_bytes((folder / "step_00000001.pt").read_bytes()[:5000])
+    assert train(tiny_config, "--resume", "auto", *words) == 0
+    damaged = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
+    assert [name in line for name, line in zip(("last.pt", "step_00000002"), damaged, strict=True)]
+    assert read_checkpoint(folder / "last.pt").training["step"] == 2
+    for path in folder.glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="none of its checkpoints can be read"):
+        train(tiny_config, "--resume", "auto", *words)
+
+
+def test_resume_refuses_what_does_not_fit(tiny_config: Path, tmp_path: Path) -> None:
+    assert train(tiny_config, "training.max_steps=1") == 0
+    folder = tmp_path / "run" / "checkpoints"
+    with pytest.raises(InputError, match=r"best.pt: holds weights alone"):
+        train(tiny_config, "--resume", str(folder / "best.pt"))
+    with pytest.raises(InputError, match=r"^model.d_state: the checkpoint has 8, the .* 16"):
+        train(tiny_config, "--resume", "auto", "model.d_state=16")
+    with pytest.raises(InputError, match="absent.pt"):
+        train(tiny_config, "--resume", str(tmp_path / "absent.pt"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.root=/no/such/folder"], "error: data root /no/such/folder"),
+        (["training.batch_siz=2"], "error: training.batch_siz: unknown key"),
+        (["training.device=cuda:99"], "error: training.device: no 'cuda:99' here"),
+        (["data.segment_seconds=3"], "error: no active 3 s window"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(
+    tiny_config: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: train(tiny_config, *words))
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(message)
+
+
+def test_command_line_reports_bad_input_and_leaves_nothing(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "training.train", "--config", str(tiny_config)]
+    result = subprocess.run(
+        [*command, "data.root=/no/such/folder"], cwd=MAIN, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert "/no/such/folder" in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,289 @@
+"""The typed configuration of a training run.
+
+A YAML file fills it and `key=value` words on the command line override it; nothing else does.
+Every mistake is one line that names the key and what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Hashable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from models import BSMamba2Config
+from models.errors import InputError
+from training.data.sources import STEMS
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise InputError("should be auto, cpu, cuda or cuda:N")
+    return name
+
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+class Section(BaseModel):
+    """A group of keys; an unknown key or a value of another type is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataSection(Section):
+    """Where the examples come from and how they are mixed (recipe of arXiv 2508.14556)."""
+
+    root: UserPath
+    """Data set in MUSDB18-HQ layout: root/train/TRACK/{vocals,drums,bass,other}.wav."""
+    stems: tuple[str, ...] = STEMS
+    """Stems that sum to the mixture; the targets among them are model.stem_names."""
+    segment_seconds: PositiveFloat = 8.0
+    """Length of one example, in seconds."""
+    silent_prob: Fraction = 0.1
+    """Probability, for each stem of an example, of silence in its place."""
+    gain_min: NonNegativeFloat = 0.5
+    """Lower end of the random linear gain of each stem."""
+    gain_max: PositiveFloat = 1.5
+    """Upper end of the random linear gain of each stem."""
+    num_workers: NonNegativeInt = 4
+    """Processes that read audio; 0 reads in the training process."""
+    valid_segments: PositiveInt = 200
+    """Most segments to validate on: the same ones every time, spread over the tracks."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        if self.gain_min > self.gain_max:
+            raise InputError(f"gain_min {self.gain_min} should not exceed gain_max {self.gain_max}")
+        return self
+
+
+class LossSection(Section):
+    """L1 in time plus multi-resolution L1 of complex STFTs."""
+
+    time_weight: NonNegativeFloat = 10.0
+    """Factor of the time term."""
+    windows: tuple[PositiveInt, ...] = (4096, 2048, 1024, 512, 256)
+    """Window lengths of the spectral terms, in samples."""
+    hop: PositiveInt = 147
+    """Hop of every spectral term, in samples."""
+    n_fft_min: PositiveInt = 2048
+    """Shortest FFT, in samples; shorter windows are zero-padded to it."""
+
+
+class TrainingSection(Section):
+    """The optimisation, its limits and what it reports."""
+
+    batch_size: PositiveInt = 5
+    """Segments in one forward and backward pass; lower it when memory runs out."""
+    accumulation: PositiveInt = 6
+    """Passes whose averaged gradient makes one optimizer step."""
+    learning_rate: PositiveFloat = 5e-4
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Constant (the paper), or a cosine from the peak to zero over the run."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the learning rate rises linearly."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decays of AdamW's two running moments."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled decay of all parameters, norms and biases too (the authors' choice)."""
+    clip_norm: PositiveFloat = 3.0
+    """Largest L2 norm over all parameters of the gradient of one optimizer step."""
+    ema_decay: Fraction = 0.999
+    """Decay per optimizer step of the averaged weights, which are those that validate."""
+    save_ema: bool = True
+    """Ship the averaged weights; false ships the raw ones, as the authors' checkpoints do."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Autocast type; parameters, STFTs and the loss stay float32."""
+    tf32: bool = True
+    """Allow TF32 in the float32 matrix products of CUDA."""
+    compile: bool = False
+    """Run the network through torch.compile."""
+    max_steps: PositiveInt = 200_000
+    """Optimizer steps of the whole run (the paper: 2000 epochs of 100)."""
+    max_minutes: PositiveFloat | None = None
+    """Limit on the training time of the whole run, in minutes; null for none."""
+    log_every: PositiveInt = 10
+    """Optimizer steps between two rows of metrics.jsonl."""
+    validate_every: PositiveInt = 100
+    """Optimizer steps between two validations."""
+    checkpoint_every: PositiveInt = 100
+    """Optimizer steps between two checkpoints."""
+    keep_checkpoints: NonNegativeInt = 2
+    """Numbered checkpoints to keep, the newest ones, besides last.pt and best.pt."""
+    seed: NonNegativeInt = 42
+    """Seed of the initial weights and of the stream of examples."""
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    """auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N."""
+
+
+class RunSection(Section):
+    """Where the run writes."""
+
+    dir: UserPath
+    """Folder of everything a run writes: config, metrics, checkpoints, TensorBoard, cache."""
+    tensorboard: bool = True
+    """Write TensorBoard events to run.dir/tensorboard."""
+
+
+class Config(Section):
+    """A whole training run."""
+
+    model: BSMamba2Config = BSMamba2Config()
+    data: DataSection
+    loss: LossSection = LossSection()
+    training: TrainingSection = TrainingSection()
+    run: RunSection
+
+    @property
+    def segment_frames(self) -> int:
+        """Samples of one example."""
+        return round(self.data.segment_seconds * self.model.sample_rate)
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        unknown = [name for name in self.model.stem_names if name not in self.data.stems]
+        if unknown:
+            raise InputError(
+                f"model.stem_names: '{unknown[0]}' is not in data.stems {list(self.data.stems)}"
+            )
+        # Reflect padding reaches half a window beyond the ends.
+        shortest = max(self.model.n_fft, self.loss.n_fft_min, *self.loss.windows, 0) // 2 + 1
+        if self.segment_frames < shortest:
+            seconds = shortest / self.model.sample_rate
+            raise InputError(
+                f"data.segment_seconds: should be at least {seconds:.3f} for the STFT windows"
+                f" in use, got {self.data.segment_seconds}"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides (values are YAML) and validate.
+
+    Raises:
+        InputError: the file cannot be read, or a key or value is wrong.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"{path}: cannot read the configuration: {reason}") from error
+    values = _parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected sections such as 'data:' with keys below them")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values)
+
+
+def parse_config(values: dict[str, Any]) -> Config:
+    """Validate nested plain values, as read from YAML.
+
+    Raises:
+        InputError: a key or value is wrong; the line names the first one.
+    """
+    try:
+        # JSON mode is strict about numbers and text, yet takes a list for a tuple.
+        return Config.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+        raise InputError(_explain(details[0]) + more) from None
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice and reads 5e-4 as a number, as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key}' is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "unexpected characters"
+        raise InputError(f"{origin}{place}: not valid YAML: {problem}") from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise InputError(f"'{override}': expected key=value, such as training.batch_size=2")
+    *sections, name = key.split(".")
+    for section in sections:
+        inner = values.get(section)
+        if inner is None:
+            inner = values[section] = {}
+        if not isinstance(inner, dict):
+            raise InputError(f"{key}: '{section}' is a value, not a section")
+        values = inner
+    values[name] = _parse_yaml(text, override)
+
+
+def _explain(detail: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    kind, value = detail["type"], detail["input"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        close = difflib.get_close_matches(key, list(_known_keys()), n=1)
+        return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
+    if kind == "missing":
+        if "." not in key:
+            key += ".dir" if key == "run" else ".root"
+        return f"{key}: missing; give it in the file or as {key}=VALUE"
+    if kind == "value_error":
+        message = str(detail["ctx"]["error"])
+        prefix = f"{key}: " if key else ""
+        got = f", got {json.dumps(value)}" if isinstance(value, str) else ""
+        return f"{prefix}{message}{got}"
+    message = detail["msg"].replace("an object", "a section with keys")
+    expected = re.sub(r"^(Input|String|Tuple) (?=should)", "", message)
+    return f"{key}: {expected}, got {json.dumps(value, default=str)}"
+
+
+def _known_keys() -> Iterator[str]:
+    for section, field in Config.model_fields.items():
+        yield section
+        names = getattr(field.annotation, "model_fields", None)
+        if names is None:
+            names = getattr(field.annotation, "__dataclass_fields__", {})
+        for name in names:
+            yield f"{section}.{name}"

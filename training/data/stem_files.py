@@ -1,0 +1,108 @@
+"""MUSDB18 in its compressed form: one `.stem.mp4` a track, decoded by ffmpeg through `musdb`."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.errors import InputError
+from training.data.track import AUDIO_CHANNELS, STEMS, CorruptAudioError, check_range
+
+SUFFIX = ".stem.mp4"
+# Stream numbers of a MUSDB18 file (musdb 0.4, configs/mus.yaml).
+_STREAMS = {"mixture": 0, "drums": 1, "bass": 2, "other": 3, "vocals": 4}
+# ffmpeg takes times in microseconds: ask for a little more and cut to the sample.
+_MARGIN_SECONDS = 0.001
+# A decoder may end up to one AAC frame before the length in the container's header.
+_AAC_FRAME = 1024
+
+
+@dataclass(frozen=True)
+class StemFileTrack:
+    """A `.stem.mp4` with the mixture and the four stems as audio streams.
+
+    Each read decodes the file from its beginning, so random access costs up to a second; for
+    training on the whole of MUSDB18 prefer MUSDB18-HQ.
+    """
+
+    name: str
+    path: Path
+    sample_rate: int
+    frames: int
+    stems: tuple[str, ...] = STEMS
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+    def read(self, stem: str, start: int = 0, frames: int | None = None) -> np.ndarray:
+        """See `Track.read`: float32 [c, t]."""
+        count = check_range(self, start, frames)
+        if not self.path.is_file():
+            raise CorruptAudioError(f"{self.path} has disappeared", self.path)
+        audio = _probe(self.path).load_audio(
+            str(self.path),
+            _STREAMS[stem],
+            chunk_start=start / self.sample_rate,
+            chunk_duration=count / self.sample_rate + _MARGIN_SECONDS,
+            sample_rate=self.sample_rate,
+        )[:count]  # t c
+        missing = count - len(audio)
+        if missing > _AAC_FRAME:
+            raise CorruptAudioError(
+                f"{self.path} is cut: {count} samples of {stem} from {start} on asked,"
+                f" {len(audio)} decoded",
+                self.path,
+            )
+        padded = np.pad(np.asarray(audio, dtype=np.float32), ((0, missing), (0, 0)))
+        return np.ascontiguousarray(padded.T)
+
+
+def open_stem_file(path: Path, sample_rate: int) -> StemFileTrack:
+    """Open a track by its container's header.
+
+    Raises:
+        InputError: ffmpeg is missing, or the file is not five stereo streams at `sample_rate`.
+    """
+    multitrack = _probe(path)
+    info = multitrack.info
+    streams = info.nb_audio_streams
+    if streams != len(_STREAMS) or set(info.channels_streams) != {AUDIO_CHANNELS}:
+        raise InputError(
+            f"{path} has {streams} audio streams of {info.channels_streams} channels, expected"
+            f" {len(_STREAMS)} stereo ones ({', '.join(_STREAMS)}): restore the original file"
+        )
+    if multitrack.rate != sample_rate:
+        raise InputError(f"{path} has {multitrack.rate} Hz, expected {sample_rate}")
+    name = path.name.removesuffix(SUFFIX)
+    return StemFileTrack(name, path, sample_rate, min(info.nb_samples_streams))
+
+
+def require_ffmpeg() -> None:
+    """Raises InputError where musdb and stempeg could not be imported for want of ffmpeg."""
+    for program in ("ffmpeg", "ffprobe"):
+        if shutil.which(program) is None:
+            raise InputError(
+                f"{program} is not on the PATH and {SUFFIX} files need it: apt install ffmpeg"
+                " (Debian), brew install ffmpeg (macOS), or https://ffmpeg.org"
+            )
+
+
+@lru_cache(maxsize=256)
+def _probe(path: Path) -> Any:
+    """The `musdb.MultiTrack` of a file; ffprobe takes 0.1 s, hence the cache."""
+    require_ffmpeg()
+    import ffmpeg
+    import musdb
+
+    try:
+        return musdb.MultiTrack(path=str(path), name=path.name.removesuffix(SUFFIX), stem_id=0)
+    except ffmpeg.Error as error:
+        raise CorruptAudioError(
+            f"{path} is not readable by ffmpeg: restore the original file", path
+        ) from error

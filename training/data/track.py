@@ -1,0 +1,73 @@
+"""What every source of data offers: a track with aligned stems that can be read in part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from models.errors import InputError
+
+STEMS = ("vocals", "drums", "bass", "other")
+MIXTURE = "mixture"
+AUDIO_CHANNELS = 2
+
+
+class CorruptAudioError(InputError):
+    """An audio file whose header was fine but whose samples cannot be read."""
+
+    # One positional argument suffices: the DataLoader rebuilds a worker's exception from its text.
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class Track(Protocol):
+    """One song: stems of one length, rate and channel count."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second."""
+
+    @property
+    def frames(self) -> int:
+        """Length in samples per channel."""
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """Names of the sources, without the mixture."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files on disk that the track is read from."""
+
+    def read(self, stem: str, start: int = 0, frames: int | None = None) -> np.ndarray:
+        """Samples `start` to `start + frames` of a stem or of "mixture".
+
+        Args:
+            stem: one of `stems`, or "mixture".
+            start: first sample.
+            frames: number of samples, None for everything from `start` on.
+
+        Returns:
+            float32 [c, t] in -1..1, exactly `frames` long.
+
+        Raises:
+            CorruptAudioError: the samples cannot be read, or fewer are there than the header said.
+        """
+
+
+def check_range(track: Track, start: int, frames: int | None) -> int:
+    """The number of samples to read.
+
+    Raises:
+        ValueError: the range leaves the track.
+    """
+    count = track.frames - start if frames is None else frames
+    if start < 0 or count < 0 or start + count > track.frames:
+        raise ValueError(f"{track.name}: samples {start}..{start + count} of {track.frames}")
+    return count

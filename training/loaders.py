@@ -1,0 +1,83 @@
+"""The data of a run: training examples that never end and validation segments that never change."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch.utils.data import DataLoader
+
+from training.config import Config
+from training.data.activity import build_activity_index
+from training.data.mixing import AlignedSegments, Example, ExampleCounter, RandomMixes
+from training.data.sources import open_dataset
+from training.run_folder import RunFolder
+from training.signals import ignore_interrupts
+
+logger = logging.getLogger(__name__)
+
+
+class Loaders:
+    """Batches of `mixture [b, c, t]` and `target [b, n, c, t]` as the configuration asks.
+
+    Args:
+        config: the whole configuration.
+        folder: receives the activity index.
+
+    Raises:
+        InputError: the data set is missing, broken, or has nothing to train or validate on.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder) -> None:
+        self.config = config
+        data, model = config.data, config.model
+        tracks = {
+            subset: open_dataset(data.root, subset, sample_rate=model.sample_rate, stems=data.stems)
+            for subset in ("train", "valid")
+        }
+        # Nothing is written before the data set is known to be sound.
+        folder.create()
+        indices = {}
+        for subset, members in tracks.items():
+            logger.info("%s: %d tracks in %s", subset, len(members), data.root)
+            cache = folder.root / "cache" / f"activity_{subset}.json"
+            frames = config.segment_frames
+            indices[subset] = build_activity_index(members, data.stems, frames, cache)
+        self.mixes = RandomMixes(
+            tracks["train"],
+            indices["train"],
+            model.stem_names,
+            seed=config.training.seed,
+            silent_prob=data.silent_prob,
+            gain=(data.gain_min, data.gain_max),
+        )
+        self.segments = AlignedSegments(
+            tracks["valid"], indices["valid"], model.stem_names, data.valid_segments
+        )
+
+    def training(self, start: int) -> Iterator[Example]:
+        """Training batches from the example number `start` on, without end."""
+        workers = self.config.data.num_workers
+        loader = DataLoader(
+            self.mixes,
+            batch_size=self.config.training.batch_size,
+            sampler=ExampleCounter(start),
+            num_workers=workers,
+            worker_init_fn=ignore_interrupts,
+            pin_memory=torch.cuda.is_available(),
+            # A loader draws a seed for its workers, which must not move the global generator.
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+
+    def validation(self) -> Iterable[Example]:
+        """The validation segments, in order."""
+        return DataLoader(
+            self.segments,
+            batch_size=self.config.training.batch_size,
+            num_workers=self.config.data.num_workers,
+            worker_init_fn=ignore_interrupts,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+        )

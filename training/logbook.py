@@ -1,0 +1,135 @@
+"""What a run tells: metrics.jsonl, TensorBoard, a progress bar or log lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from models.files import write_text
+from training.pictures import spectrogram_triptych
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, float]
+
+
+class Averages:
+    """Running means of named numbers, which stay on their device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._count = 0
+
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """Take in one value of every name."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count += 1
+
+    def means(self) -> dict[str, Tensor | float]:
+        """The means by name."""
+        return {name: total / self._count for name, total in self._sums.items()}
+
+
+class Logbook:
+    """Writes one row per logging step to every place where a person or a script may look.
+
+    Args:
+        root: the run's folder; receives metrics.jsonl and tensorboard/.
+        step: optimizer steps already done. Rows after it, left by a run that was cut off, go, so
+            that a resumed run shows one curve.
+        max_steps: length of the progress bar, in optimizer steps.
+        tensorboard: whether to write TensorBoard events.
+    """
+
+    def __init__(self, root: Path, *, step: int, max_steps: int, tensorboard: bool = True) -> None:
+        self.path = root / "metrics.jsonl"
+        write_text(self.path, _rows_until(self.path, step))
+        self._writer = _open_tensorboard(root, step) if tensorboard else None
+        # disable=None: no bar where standard error is not a terminal.
+        self.bar = tqdm(total=max_steps, initial=step, unit="step", disable=None)
+
+    def advance(self) -> None:
+        """Note one optimizer step on the bar."""
+        self.bar.update()
+
+    def write(self, row: Row) -> None:
+        """Record a row; it holds at least `step` and `loss`."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        step = int(row["step"])
+        if self._writer is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, step)
+        if self.bar.disable:
+            logger.info(_line(row))
+        else:
+            seconds = f"{row['seconds_per_step']:.2f}s"
+            self.bar.set_postfix(loss=f"{row['loss']:.4f}", step_time=seconds)
+            if "valid_usdr" in row:
+                self.bar.write(_line(row))
+
+    def write_example(
+        self, waves: dict[str, Tensor], sample_rate: int, step: int, name: str
+    ) -> None:
+        """Record audio and the spectrogram picture of one validation segment.
+
+        Args:
+            waves: `mixture`, `estimate` and `truth`, each `[channel, time]`.
+            sample_rate: in hertz.
+            step: optimizer step.
+            name: name of the stem.
+        """
+        if self._writer is None:
+            return
+        for kind, wave in waves.items():
+            # TensorBoard plays one channel.
+            mono = wave.mean(0, keepdim=True).clamp(-1, 1)
+            self._writer.add_audio(f"{name}/{kind}", mono, step, sample_rate=sample_rate)
+        figure = spectrogram_triptych(**waves, sample_rate=sample_rate)
+        self._writer.add_figure(f"{name}/spectrograms", figure, step)
+
+    def close(self) -> None:
+        """Flush everything; the object writes no more."""
+        self.bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _open_tensorboard(root: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(root / "tensorboard"), purge_step=step + 1)
+
+
+def _rows_until(path: Path, step: int) -> str:
+    """The lines of an earlier metrics file up to a step; a half-written last line is dropped."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    return "".join(kept)
+
+
+def _line(row: Row) -> str:
+    parts = [
+        f"step {int(row['step'])}",
+        f"loss {row['loss']:.4f}",
+        f"lr {row['learning_rate']:.2e}",
+        f"grad norm {row['grad_norm']:.2f}",
+        f"{row['seconds_per_step']:.2f} s/step",
+    ]
+    if "valid_usdr" in row:
+        parts.append(f"validation loss {row['valid_loss']:.4f}, uSDR {row['valid_usdr']:.2f} dB")
+    return ", ".join(parts)

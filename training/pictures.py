@@ -1,0 +1,73 @@
+"""Pictures of spectrograms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+N_FFT = 2048
+HOP = 441
+BINS_SHOWN = 256
+LOWEST_HZ = 40.0
+RANGE_DB = 80.0
+
+
+def spectrogram_triptych(
+    mixture: Tensor | np.ndarray,
+    estimate: Tensor | np.ndarray,
+    truth: Tensor | np.ndarray,
+    sample_rate: int,
+) -> Figure:
+    """Draw the spectrograms of three `[channel, time]` waveforms side by side.
+
+    Channels are averaged; frequency is logarithmic; the panels share one colour scale of 80 dB
+    below the loudest point of the mixture and the truth.
+    """
+    from matplotlib.figure import Figure
+
+    waves = {"mixture": mixture, "estimate": estimate, "truth": truth}
+    powers = {name: _log_spectrogram(wave, sample_rate) for name, wave in waves.items()}
+    top = max(float(powers["mixture"].max()), float(powers["truth"].max()))
+    figure = Figure(figsize=(12, 3.6), dpi=100, layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    seconds = mixture.shape[-1] / sample_rate
+    for panel, (name, power) in zip(panels, powers.items(), strict=True):
+        image = panel.imshow(
+            power,
+            origin="lower",
+            aspect="auto",
+            cmap="magma",
+            vmin=top - RANGE_DB,
+            vmax=top,
+            extent=(0, seconds, 0, 1),
+            interpolation="nearest",
+        )
+        panel.set_title(name)
+        panel.set_xlabel("time [s]")
+    octaves = np.log2(sample_rate / 2 / LOWEST_HZ)
+    ticks = [hz for hz in (100, 300, 1000, 3000, 10000) if hz < sample_rate / 2]
+    panels[0].set_yticks([np.log2(hz / LOWEST_HZ) / octaves for hz in ticks])
+    panels[0].set_yticklabels([f"{hz / 1000:g}" for hz in ticks])
+    panels[0].set_ylabel("frequency [kHz]")
+    figure.colorbar(image, ax=list(panels), label="level [dB]", pad=0.01)
+    return figure
+
+
+def _log_spectrogram(wave: Tensor | np.ndarray, sample_rate: int) -> np.ndarray:
+    """Level in dB of the channels' mean on logarithmically spaced bins, `[bin, frame]`."""
+    mono = torch.as_tensor(wave).detach().float().cpu().mean(0)  # t
+    window = torch.hann_window(N_FFT)
+    spectrum = torch.stft(
+        mono, N_FFT, HOP, window=window, pad_mode="constant", return_complex=True
+    )  # f t
+    level = 20 * torch.log10(spectrum.abs().clamp_min(1e-6) / (N_FFT / 4))
+    hertz = np.geomspace(LOWEST_HZ, sample_rate / 2, BINS_SHOWN)
+    rows = np.rint(hertz / sample_rate * N_FFT).astype(int).clip(0, N_FFT // 2)
+    # The loudest bin of each row: a harmonic never falls between two rows.
+    return np.maximum.reduceat(level.numpy(), rows, axis=0)

@@ -1,0 +1,114 @@
+"""The folder of a run: its configuration, its checkpoints, and what to resume from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from models import BSMamba2Config
+from models.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from models.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """Names and writes the files of a run.
+
+    `checkpoints/last.pt` holds all that a run needs to go on, `checkpoints/step_*.pt` are the
+    newest `keep` of its predecessors, and `checkpoints/best.pt` holds weights alone.
+
+    Args:
+        root: the folder; `create` makes it.
+        keep: how many numbered checkpoints to keep.
+    """
+
+    def __init__(self, root: Path, keep: int = 0) -> None:
+        self.root = root
+        self.keep = keep
+        self.checkpoints = root / "checkpoints"
+        self.last = self.checkpoints / "last.pt"
+        self.best = self.checkpoints / "best.pt"
+
+    def create(self) -> None:
+        """Make the folder where it is missing; raises InputError where that cannot be."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"run.dir {self.root}: cannot make the folder: {error.strerror}"
+            ) from error
+
+    def save_last(
+        self,
+        config: BSMamba2Config,
+        weights: dict[str, Tensor],
+        training: dict[str, Any],
+        step: int,
+    ) -> None:
+        """Write last.pt, keep it under its step's number too, and drop the oldest numbered ones."""
+        save_checkpoint(self.last, config, weights, training)
+        if self.keep == 0:
+            return
+        numbered = self.checkpoints / f"step_{step:08d}.pt"
+        numbered.unlink(missing_ok=True)
+        # A hard link costs no space now and stays when last.pt is replaced.
+        numbered.hardlink_to(self.last)
+        for old in self._numbered()[self.keep :]:
+            old.unlink()
+
+    def save_best(
+        self, config: BSMamba2Config, weights: dict[str, Tensor], step: int, usdr: float
+    ) -> None:
+        """Write best.pt: the weights that ship, the step and the score, in dB, that chose them."""
+        save_checkpoint(self.best, config, weights, {"step": step, "usdr": usdr})
+
+    def resume_from(self, resume: str | None) -> Checkpoint | None:
+        """The checkpoint to go on from; None to start afresh.
+
+        Args:
+            resume: None for a new run, `auto` for the newest whole checkpoint in the folder if
+                there is one, or the path of a checkpoint.
+
+        Raises:
+            InputError: a new run would overwrite an old one, or there is nothing to resume from.
+        """
+        found = list(self._candidates())
+        if resume is None:
+            if found or self.best.exists():
+                raise InputError(
+                    f"run.dir {self.root} already holds a run: go on with --resume auto,"
+                    " or name another run.dir"
+                )
+            return None
+        if resume != "auto":
+            return _read_training(Path(resume))
+        for path in found:
+            try:
+                return _read_training(path)
+            except InputError as error:
+                logger.warning("%s; trying the checkpoint before it", error)
+        if found:
+            raise InputError(f"run.dir {self.root}: none of its checkpoints can be read")
+        logger.info("no checkpoint in %s yet: starting afresh", self.root)
+        return None
+
+    def _candidates(self) -> Iterator[Path]:
+        if self.last.exists():
+            yield self.last
+        yield from self._numbered()
+
+    def _numbered(self) -> list[Path]:
+        """The numbered checkpoints, newest first."""
+        return sorted(self.checkpoints.glob("step_*.pt"), reverse=True)
+
+
+def _read_training(path: Path) -> Checkpoint:
+    checkpoint = read_checkpoint(path)
+    if "optimizer" not in checkpoint.training:
+        raise InputError(f"{path}: holds weights alone; resume from a last.pt or step_*.pt")
+    return checkpoint

@@ -1,0 +1,50 @@
+"""Stopping a run between two steps when the person or the scheduler asks."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class StopRequest:
+    """Context that turns SIGINT and SIGTERM into a request the loop reads after each step.
+
+    A second SIGINT interrupts at once. The previous handlers return when the context ends.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C; 0 otherwise, as a scheduler expects of a run it stops."""
+        return 130 if self.signal == signal.SIGINT else 0
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def ignore_interrupts(worker: int) -> None:
+    """`worker_init_fn` of a data loader: Ctrl-C reaches its workers too, but the loop ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
