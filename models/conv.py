@@ -43,15 +43,16 @@ def conv_backends(x: Tensor, weight: Tensor) -> list[str]:
 
 
 def causal_conv1d_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`causal_conv1d` as a sum of shifted copies, which needs no transposed layout."""
-    width = weight.shape[1]
-    length = x.shape[1]
-    padded = F.pad(x, [0, 0, width - 1, 0])  # b l+width-1 d
-    taps = weight.to(x.dtype)
-    total = bias.to(x.dtype) + padded[:, :length] * taps[:, 0]  # b l d
-    for j in range(1, width):
-        total = total + padded[:, j : j + length] * taps[:, j]
-    return F.silu(total)
+    """`causal_conv1d` through `torch.conv1d`."""
+    channels, width = weight.shape
+    y = F.conv1d(
+        x.transpose(1, 2),
+        weight[:, None].to(x.dtype),
+        bias.to(x.dtype),
+        padding=width - 1,
+        groups=channels,
+    )  # b d l+width-1
+    return F.silu(y[..., : x.shape[1]].transpose(1, 2))
 
 
 def causal_conv1d_kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ def make_optimizer(model: BSMamba2, settings: TrainingSection) -> torch.optim.Ad
         lr=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
+        fused=True,
     )
 
 

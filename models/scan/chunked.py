@@ -72,8 +72,8 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> 
     dtype = torch.promote_types(x.dtype, torch.float32)
     batch, length, heads, headdim = x.shape
     inputs = x.to(dtype)
-    q = min(CHUNK, length)
-    c = -(-length // q)
+    c = -(-length // CHUNK)
+    q = -(-length // c)
     pad = c * q - length
 
     def chunks(tensor: Tensor) -> Tensor:  # b l ... -> b c q ...
@@ -89,9 +89,8 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> 
     entry = log_decay.cumsum(2)  # b c q h
 
     # 1. Within a chunk: y_t = sum over s up to t of (C_t B_s) exp(entry_t - entry_s) dt_s x_s.
-    rows = entry.transpose(2, 3)  # b c h q
-    decay = (rows[..., :, None] - rows[..., None, :]).clamp(LOG_DECAY_FLOOR, 0).exp()  # b c h q q
-    weights = decay.tril() * (C @ B.transpose(2, 3))[:, :, None]  # b c h q q
+    decay = _Decay.apply(entry.transpose(2, 3))  # b c h q q
+    weights = decay * (C @ B.transpose(2, 3))[:, :, None]  # b c h q q
     y = (weights @ scaled.transpose(2, 3)).transpose(2, 3)  # b c q h p
 
     # 2. Between chunks: each leaves a state, which decays through those after it.
@@ -105,6 +104,27 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> 
 
     y = y.flatten(1, 2)[:, :length] + D.to(dtype)[:, None] * inputs  # b l h p
     return y.to(x.dtype)
+
+
+class _Decay(torch.autograd.Function):
+    """exp(entry_t - entry_s) for s up to t, else 0: `[..., q]` -> `[..., q, q]`.
+
+    In place, with few passes: this matrix is most of what a CPU moves.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, entry: Tensor) -> Tensor:
+        decay = entry[..., :, None] - entry[..., None, :]
+        decay.clamp_(LOG_DECAY_FLOOR, 0).exp_().tril_()
+        ctx.save_for_backward(decay)
+        return decay
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (decay,) = ctx.saved_tensors
+        flow = grad * decay
+        return flow.sum(-1) - flow.sum(-2)
 
 
 def _decay(log_decay: Tensor) -> Tensor:

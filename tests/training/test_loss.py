@@ -45,6 +45,34 @@ def test_equals_literal_reimplementation() -> None:
     assert float(total) == pytest.approx(wanted, rel=1e-6)
 
 
+def test_gradient_equals_that_of_torch_stft() -> None:
+    error = torch.randn(2, 1, 2, 5003, dtype=torch.float64, requires_grad=True)
+    total, _ = SeparationLoss()(error, torch.zeros_like(error))
+    (gradient,) = torch.autograd.grad(3 * total, error)
+    plain = 10 * error.abs().mean()
+    for w in WINDOWS:
+        n_fft, window = max(w, 2048), torch.hann_window(w).double()
+        rows = error.flatten(0, -2)
+        spectrum = torch.stft(rows, n_fft, 147, w, window, return_complex=True)
+        plain = plain + spectrum.abs().mean()
+    (expected,) = torch.autograd.grad(3 * plain, error)
+    assert float(total) == pytest.approx(float(plain), rel=1e-12)
+    assert torch.allclose(gradient, expected, rtol=1e-9, atol=1e-15)
+
+
+def test_large_batches_are_worked_off_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = torch.randn(3, 1, 2, 4410, dtype=torch.float64, requires_grad=True)
+
+    def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        total, _ = SeparationLoss()(error, torch.zeros_like(error))
+        return total, torch.autograd.grad(total, error)[0]
+
+    whole = loss_and_gradient()
+    monkeypatch.setattr("training.loss.SLICE_ELEMENTS", 2 * 31 * 2048)
+    for sliced, expected in zip(loss_and_gradient(), whole, strict=True):
+        assert torch.allclose(sliced, expected, rtol=1e-12, atol=0)
+
+
 def test_impulse_has_known_values() -> None:
     # |STFT| of an impulse at sample 7 * 147 is the window's value at the impulse, in every bin.
     time, position = 8000, 7 * 147
