@@ -32,16 +32,20 @@ demo: setup
 	$(BIN)/python -m training.data.synthetic $(DEMO)/data --tracks 32 --seconds 10
 	$(BIN)/python -m training.data.excerpt $(DEMO)/excerpt
 	$(BIN)/python -m training.train --config configs/demo.yaml
-	$(BIN)/python -m evaluation.evaluate --checkpoint $(DEMO)/run/checkpoints/best.pt \
-		--data $(DEMO)/data --json $(DEMO)/scores_synthetic.json
-	$(BIN)/python -m evaluation.evaluate --checkpoint $(DEMO)/run/checkpoints/best.pt \
-		--data $(DEMO)/excerpt --json $(DEMO)/scores_excerpt.json
 	$(BIN)/python -m separation.separate $(DEMO)/excerpt/test/*/mixture.wav \
 		--checkpoint $(DEMO)/run/checkpoints/best.pt --output $(DEMO)/separated
+	$(BIN)/python -m training.pictures $(DEMO)/excerpt/test/*/mixture.wav \
+		$(DEMO)/separated/mixture/vocals.wav $(DEMO)/excerpt/test/*/vocals.wav \
+		$(DEMO)/separated/spectrograms.png
+	$(BIN)/python -m evaluation.evaluate --checkpoint $(DEMO)/run/checkpoints/best.pt \
+		--data $(DEMO)/excerpt --json $(DEMO)/scores_excerpt.json
+	$(BIN)/python -m evaluation.evaluate --checkpoint $(DEMO)/run/checkpoints/best.pt \
+		--data $(DEMO)/data --json $(DEMO)/scores_synthetic.json
 	@echo
 	@echo "Data:     $(DEMO)/data (synthetic), $(DEMO)/excerpt (a real excerpt, from stempeg)"
 	@echo "Scores:   $(DEMO)/scores_synthetic.json, $(DEMO)/scores_excerpt.json (tables above)"
 	@echo "Sound:    $(DEMO)/separated/mixture/vocals.wav and instrumental.wav"
+	@echo "Picture:  $(DEMO)/separated/spectrograms.png (mixture, estimate, truth)"
 	@echo "Training: $(BIN)/tensorboard --logdir $(DEMO)/run"
 
 test: setup

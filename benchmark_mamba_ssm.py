@@ -2,7 +2,7 @@
 
     python benchmark_mamba_ssm.py                      # scan, convolution, block, network
     python benchmark_mamba_ssm.py --training           # a training step by component
-    python benchmark_mamba_ssm.py --quick --json FILE  # short clips, fewer repeats
+    python benchmark_mamba_ssm.py --quick --json FILE  # 1 s clips, to a file
 
 Speed-up and error are against the sequential scan in float32, or against `nn.Conv1d`. The peer
 rows are the authors' wiring: `mamba_ssm.modules.mamba2.Mamba2` on flipped copies.
@@ -45,7 +45,7 @@ QUICK_SECONDS = [1.0]
 PAPER_SECONDS = [1.0, 4.0, 8.0]
 
 
-def time_case(case: Case, setting: Setting, backward: bool, budget_s: float) -> dict[str, Cell]:
+def time_case(case: Case, setting: Setting, backward: bool) -> dict[str, Cell]:
     """One row: the case's time forward, or forward and backward."""
     wanted = [t.detach().requires_grad_() for t in case.inputs] if backward else list(case.inputs)
     leaves = [*wanted, *case.parameters]
@@ -58,7 +58,7 @@ def time_case(case: Case, setting: Setting, backward: bool, budget_s: float) -> 
         y = case.run(*wanted)
         torch.autograd.grad(y, leaves, y.detach())
 
-    timing = measure(run, setting.device, budget_s)
+    timing = measure(run, setting.device)
     rate = 1e3 * case.frames / timing.median_ms if timing.median_ms else None
     return {
         "what": case.what,
@@ -93,9 +93,7 @@ def compare(rows: list[dict[str, Cell]]) -> None:
             row["speed-up"] = first / mine
 
 
-def run_part(
-    name: str, setting: Setting, seconds: float, budget_s: float, quick: bool
-) -> list[dict[str, Cell]]:
+def run_part(name: str, setting: Setting, seconds: float, quick: bool) -> list[dict[str, Cell]]:
     """All rows of one part at one clip length."""
     rows: list[dict[str, Cell]] = []
     expected: dict[str, Tensor | None] = {}
@@ -109,7 +107,7 @@ def run_part(
             print(f"  {seconds:g} s, {case.what}, {case.backend}", file=sys.stderr, flush=True)
             if quick and backward and case.backend == "sequential" and name == "network":
                 continue
-            row = time_case(case, setting, backward, budget_s)
+            row = time_case(case, setting, backward)
             rows.append({"seconds": seconds, **row, "error": error})
     compare(rows)
     return rows
@@ -153,7 +151,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, help="default: paper on a GPU, small on a CPU")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--training", action="store_true", help="time a training step by component")
-    parser.add_argument("--quick", action="store_true", help="1 s clips and fewer repeats")
+    parser.add_argument("--quick", action="store_true", help="1 s clips only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     return parser.parse_args(argv)
 
@@ -196,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         rows, columns = [], COLUMNS
         for seconds in args.seconds or (QUICK_SECONDS if short else PAPER_SECONDS):
             for part in args.parts:
-                rows += run_part(part, setting, seconds, 0.5 if short else 2.0, args.quick)
+                rows += run_part(part, setting, seconds, args.quick)
     print(markdown_table(rows, columns), end="\n\n")
     print(training_step.verdict(rows) if args.training else verdict(rows))
     if args.json is not None:

@@ -32,7 +32,7 @@ class Timing:
     failure: str | None = None
 
 
-def measure(run: Callable[[], object], device: torch.device, budget_s: float = 2.0) -> Timing:
+def measure(run: Callable[[], object], device: torch.device, budget_s: float = 0.5) -> Timing:
     """Time `run`, repeated for about `budget_s` seconds after one first and one warm call.
 
     CUDA events on a GPU, wall clock on a CPU. Running out of memory is reported, not raised.
@@ -40,20 +40,25 @@ def measure(run: Callable[[], object], device: torch.device, budget_s: float = 2
     free_memory(device)
     try:
         warmup_s = _wall(run, device)
-        once_s = _wall(run, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        once_s = _wall(run, device)
         repeats = max(MIN_REPEATS, min(MAX_REPEATS, int(budget_s / max(once_s, 1e-6))))
-        if once_s > budget_s:  # a slow reference: one more call is enough
-            repeats = 1
+        if once_s > 2 * budget_s:  # a slow reference: the warm call is the measurement
+            return Timing(1e3 * once_s, warmup_s, _peak_gib(device), 1)
         clock = _events if device.type == "cuda" else _walls
         times = clock(run, device, repeats)
     except torch.OutOfMemoryError:
         return Timing(failure="out of memory")
     finally:
         free_memory(device)
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    return Timing(statistics.median(times), warmup_s, peak, repeats)
+    return Timing(statistics.median(times), warmup_s, _peak_gib(device), repeats)
+
+
+def _peak_gib(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / 2**30
 
 
 def free_memory(device: torch.device) -> None:

@@ -63,4 +63,3 @@ def causal_conv1d_kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x = x.contiguous()
     y = causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu")  # b d l
     return y.transpose(1, 2)
-

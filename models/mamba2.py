@@ -171,6 +171,7 @@ class Mamba2Block(nn.Module):
             return nn.ModuleList([_Direction(nn.RMSNorm(d_model, eps=NORM_EPS), mixer)])
 
         self.scan_backend = scan_backend
+        self.d_conv = d_conv
         self.forward_blocks = direction()
         self.backward_blocks = direction()
         self.linear = nn.ConvTranspose1d(2 * d_model, d_model, 1)
@@ -181,8 +182,7 @@ class Mamba2Block(nn.Module):
         Raises:
             InputError: the scan backend is unknown or cannot run here.
         """
-        d_conv = self.forward_blocks[0].mixer.conv1d.weight.shape[-1]
-        fused = x.ndim in (3, 4) and 2 <= d_conv <= 4
+        fused = x.ndim in (3, 4) and 2 <= self.d_conv <= 4
         return run_scan(
             self.scan_backend, x, lambda backend: self._forward(x, axis, backend), fused
         )
@@ -204,22 +204,28 @@ class Mamba2Block(nn.Module):
 
     def _fused(self, x: Tensor, axis: int) -> Tensor:
         """Both directions at once along `axis`, without a copy of x: see `triton_block`."""
-        from models.scan.triton_block import project_and_mix
+        from models.scan.triton_block import mamba2_block
 
         if x.ndim == 3:  # b l d
             return self._fused(x[:, :, None], 1)[:, :, 0]
         directions = [self.forward_blocks[0], self.backward_blocks[0]]
-        merges = self.linear.weight[:, :, 0].chunk(2)  # d d
+        mixers = [d.get_submodule("mixer") for d in directions]
         dtype = compute_dtype(x)
-        w_in = torch.cat([d.input_weight() for d in directions]).to(dtype)  # 2w d
-        pairs = zip(directions, merges, strict=True)
-        w_out = torch.cat([d.output_weight(merge) for d, merge in pairs]).to(dtype)  # 2i d
-        name = "time" if axis % 4 == 1 else "band"
-        tf32 = torch.get_float32_matmul_precision() != "highest"
-        inner = project_and_mix(x.to(dtype), w_in, stack_parameters(directions), name, tf32)
-        y = F.linear(x, sum(merges).T, self.linear.bias) + x  # b t k d
-        merged = torch.addmm(y.flatten(0, 2).to(dtype), inner.flatten(0, 2), w_out)
-        return merged.view(x.shape)
+        merge = self.linear.weight[:, :, 0].unflatten(0, (2, -1))  # 2 d d
+        w_in = stacked(mixers, "in_proj.weight") * stacked(directions, "norm.weight")[:, None]
+        projection = stacked(mixers, "out_proj.weight") * stacked(mixers, "norm.weight")[:, None]
+        with torch.autocast(x.device.type, enabled=False):
+            w_out = torch.bmm(projection.mT, merge)  # 2 i d
+        return mamba2_block(
+            x.to(dtype),
+            w_in.flatten(0, 1).to(dtype),
+            w_out.flatten(0, 1).to(dtype),
+            merge.sum(0).to(dtype),
+            self.linear.get_parameter("bias").to(dtype),
+            stack_parameters(directions),
+            "time" if axis % 4 == 1 else "band",
+            torch.get_float32_matmul_precision() != "highest",
+        )
 
     @staticmethod
     def _run(direction: nn.Module, normal: Tensor, merge: Tensor, backend: str) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch.utils.data import DataLoader
 
+from models.errors import InputError
 from training.config import Config
 from training.data.activity import build_activity_index
 from training.data.mixing import AlignedSegments, Example, ExampleCounter, RandomMixes
@@ -69,11 +71,11 @@ class Loaders:
             # A loader draws a seed for its workers, which must not move the global generator.
             generator=torch.Generator(),
         )
-        return iter(loader)
+        return plain_errors(loader)
 
     def validation(self) -> Iterable[Example]:
         """The validation segments, in order."""
-        return DataLoader(
+        loader = DataLoader(
             self.segments,
             batch_size=self.config.training.batch_size,
             num_workers=self.config.data.num_workers,
@@ -81,3 +83,16 @@ class Loaders:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
         )
+        return plain_errors(loader)
+
+
+def plain_errors(batches: Iterable[Example]) -> Iterator[Example]:
+    """The batches, with an InputError of a worker in its own words.
+
+    The DataLoader puts the worker's traceback in front of them.
+    """
+    try:
+        yield from batches
+    except InputError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise InputError(re.sub(r"^[\w.]*Error: ", "", last)) from error

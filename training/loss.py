@@ -89,7 +89,7 @@ class _SpectralL1(torch.autograd.Function):
             part = rows[start : start + step]
             sums, slope = _moduli(part, windows, hop, gradient is not None)
             means += sums / count
-            if gradient is not None:
+            if gradient is not None and slope is not None:
                 gradient[start : start + step] = slope / count
         ctx.mark_non_differentiable(means)
         ctx.save_for_backward(gradient)

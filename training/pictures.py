@@ -1,12 +1,20 @@
-"""Pictures of spectrograms."""
+"""Pictures of spectrograms.
+
+python -m training.pictures mixture.wav estimate.wav truth.wav spectrograms.png
+"""
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from models.errors import InputError, run_command
+from models.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,3 +79,29 @@ def _log_spectrogram(wave: Tensor | np.ndarray, sample_rate: int) -> np.ndarray:
     rows = np.rint(hertz / sample_rate * N_FFT).astype(int).clip(0, N_FFT // 2)
     # The loudest bin of each row: a harmonic never falls between two rows.
     return np.maximum.reduceat(level.numpy(), rows, axis=0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    from separation.audio import load_audio
+
+    parser = argparse.ArgumentParser(
+        prog="python -m training.pictures",
+        description="Draw the spectrograms of a mixture, an estimate and the truth.",
+    )
+    for name in ("mixture", "estimate", "truth"):
+        parser.add_argument(name, type=Path, help="audio file")
+    parser.add_argument("picture", type=Path, help="PNG to write")
+    args = parser.parse_args(argv)
+    paths = (args.mixture, args.estimate, args.truth)
+    waves, rates = zip(*(load_audio(path) for path in paths), strict=True)
+    if len(set(rates)) > 1:
+        raise InputError(f"{args.estimate}: the three files must have one sample rate, not {rates}")
+    figure = spectrogram_triptych(waves[0], waves[1], waves[2], rates[0])
+    with whole_file(args.picture) as temporary:
+        figure.savefig(temporary)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -77,7 +77,7 @@ class Trainer:
         self.folder = folder
         self.device = resolve_device(self.settings.device)
         self.loaders = Loaders(config, folder)
-        torch.backends.cuda.matmul.allow_tf32 = self.settings.tf32
+        torch.set_float32_matmul_precision("high" if self.settings.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = self.settings.tf32
         torch.manual_seed(self.settings.seed)
         self.model = BSMamba2(config.model).to(self.device)

@@ -1,8 +1,9 @@
-"""The bidirectional mixer core on Triton: everything of Mamba-2 between its two projections.
+"""Both directions of a Mamba-2 block between its two projections, on Triton.
 
-`mixer_core` is differentiable; `mixer_forward` and `mixer_backward` are its halves, for a caller
-that computes the projections again in its own backward pass. Nothing but `proj`, the output and one
-float per row is kept between them.
+`scan_forward` and `gate_forward` take the input projection to the output projection's input;
+`gate_backward` and `scan_backward` take its gradient back. Between them only the scan's output y is
+kept, beside the projection that the caller keeps or computes again. `mixer_core` is all of it as
+one differentiable function of the projection.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ from torch import Tensor
 
 from models.scan import triton_backward as backward_kernels
 from models.scan import triton_forward as forward_kernels
-from models.scan.triton_plan import STATE_SIZES, KernelConfig, MixerParameters, Plan, make_plan
+from models.scan import triton_rows as row_kernels
+from models.scan.triton_plan import SCAN_SIZES, KernelConfig, MixerParameters, Plan, make_plan
 
+# Steps and channels of a tile of the forward convolution.
+CONV_TILE = (16, 64)
+# Channels of the backward one, which walks step by step, and how many loads run ahead.
+CONV_WALK, CONV_STAGES = 256, 4
 # Partial sums of the convolution's gradient: enough programs to fill a GPU, few enough to add up.
-CONV_PARTS = 256
-# Steps and channels of a convolution tile, rows of a norm tile.
-CONV_TILE = (16, 128)
-NORM_ROWS = 4
+CONV_PARTS = 512
+# Elements of a row-wise program.
+ROW_TILE = 1024
 
 
 class _Scan(NamedTuple):
     """What the kernels after the first ones read; `states` is empty for a single chunk."""
 
-    pre: Tensor  # b t k 2 (d_inner + 2 n), xBC after its convolution, before its SiLU
-    bc: Tensor  # b t k 2 (2 n), B and C after it
+    xbc: Tensor  # b t k 2 (d_inner + 2 n): x, B, C after convolution and SiLU
     dt: Tensor  # s 2 h l, padded to whole chunks
-    decay: Tensor  # s 2 h l
+    decay: Tensor  # s 2 h l, base 2
     states: Tensor  # s 2 (chunks - 1) tiles n p
 
 
@@ -41,12 +45,11 @@ def _float_empty(like: Tensor, *shape: int) -> Tensor:
 def _prepare(proj: Tensor, params: MixerParameters, plan: Plan) -> _Scan:
     """The convolution, dt and its cumulative decay, and the state that each chunk starts from."""
     steps, channels = CONV_TILE
-    pre = proj.new_empty(*proj.shape[:-1], plan.d_xbc)
-    bc = proj.new_empty(*proj.shape[:-1], 2 * plan.d_state)
+    xbc = proj.new_empty(*proj.shape[:-1], plan.d_xbc)
     pieces = triton.cdiv(plan.length, steps)
     blocks = triton.cdiv(plan.d_xbc, channels)
     forward_kernels.conv_forward[(plan.sequences * 2 * pieces * blocks,)](
-        *(proj, params.conv_weight, params.conv_bias, pre, bc),
+        *(proj, params.conv_weight, params.conv_bias, xbc),
         *(*plan.geometry[:-1], pieces),
         **plan.sizes("W", "D_INNER", "D_XBC", "D_CONV"),
         **{"Q": steps, "BLOCK_C": channels},
@@ -62,154 +65,158 @@ def _prepare(proj: Tensor, params: MixerParameters, plan: Plan) -> _Scan:
     states = proj.new_empty(slots, plan.block_n, plan.block_p)
     if plan.several:
         forward_kernels.state_forward[(plan.sequences * 2 * plan.tiles,)](
-            *(pre, bc, dt, decay, states),
+            *(xbc, dt, decay, states),
             *plan.geometry,
-            **plan.sizes(*STATE_SIZES),
+            **plan.sizes(*SCAN_SIZES),
             **plan.config.state_forward.options(),
         )
-    return _Scan(pre, bc, dt, decay, states)
+    return _Scan(xbc, dt, decay, states)
 
 
-def mixer_forward(
-    proj: Tensor,
-    params: MixerParameters,
-    axis: str,
-    eps: float = 1e-5,
-    allow_tf32: bool = False,
-    config: KernelConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the normalised output [b, t, k, 2, d_inner] and its 1 / rms, float32 [b, t, k, 2]."""
-    plan = make_plan(proj, params, axis, allow_tf32, config)
+def scan_forward(proj: Tensor, params: MixerParameters, plan: Plan) -> Tensor:
+    """y `[b, t, k, 2, d_inner]`, D x included, before the gate."""
     with torch.cuda.device_of(proj):
         scan = _prepare(proj, params, plan)
-        out = proj.new_empty(*proj.shape[:-1], plan.d_inner)
-        rstd = _float_empty(proj, *proj.shape[:-1])
+        y = proj.new_empty(*proj.shape[:-1], plan.d_inner)
         forward_kernels.chunk_forward[(plan.programs,)](
-            *(proj, params.D, *scan, out, rstd),
-            *(*plan.geometry, eps),
-            **plan.sizes(),
+            *(scan.xbc, params.D, scan.dt, scan.decay, scan.states, y),
+            *plan.geometry,
+            **plan.sizes(*SCAN_SIZES, "HAS_STATE"),
             **plan.config.chunk_forward.options(),
         )
-    return out, rstd
+    return y
 
 
-def mixer_backward(
-    dout: Tensor,
-    proj: Tensor,
-    params: MixerParameters,
-    out: Tensor,
-    rstd: Tensor,
-    axis: str,
-    allow_tf32: bool = False,
-    config: KernelConfig | None = None,
-) -> tuple[Tensor, MixerParameters]:
-    """Gradients of proj and the parameters, from the output's and what `mixer_forward` returned."""
-    plan = make_plan(proj, params, axis, allow_tf32, config)
-    dout = dout.to(proj.dtype).contiguous()
+def scan_backward(
+    dy: Tensor, proj: Tensor, params: MixerParameters, dproj: Tensor, plan: Plan
+) -> MixerParameters:
+    """Write the gradients of xBC and dt into dproj; return those of the parameters."""
     with torch.cuda.device_of(proj):
         scan = _prepare(proj, params, plan)
-        dproj = torch.empty_like(proj)
-        # dv waits where `_conv_backward` will write the gradient of x.
-        norm_backward(dout, out, rstd, dproj[..., plan.d_inner : 2 * plan.d_inner])
-        dxbc, dt_grads, dD = _scan_backward(proj, params, scan, dproj, plan)
-        ddt_bias, dA_log = _dt_backward(proj, params, scan.dt, dt_grads, dproj, plan)
-        dweight, dbias = _conv_backward(proj, params, dxbc, dproj, plan)
-    return dproj, MixerParameters(dweight, dbias, ddt_bias, dA_log, dD)
-
-
-def norm_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / rms(x) over the last axis, in x's dtype, and 1 / rms(x) in float32."""
-    x = x.contiguous()
-    normal, rstd = torch.empty_like(x), _float_empty(x, *x.shape[:-1])
-    rows, width = rstd.numel(), x.shape[-1]
-    with torch.cuda.device_of(x):
-        forward_kernels.norm_forward[(triton.cdiv(rows, NORM_ROWS),)](
-            *(x, normal, rstd, rows, eps),
-            **{"D": width, "R": NORM_ROWS, "BLOCK_D": triton.next_power_of_2(width)},
-        )
-    return normal, rstd
-
-
-def norm_backward(dnormal: Tensor, normal: Tensor, rstd: Tensor, dx: Tensor) -> None:
-    """Write the gradient of x into dx, whose rows may be apart; arguments as of `norm_forward`."""
-    width = normal.shape[-1]
-    with torch.cuda.device_of(normal):
-        backward_kernels.norm_backward[(triton.cdiv(rstd.numel(), NORM_ROWS),)](
-            *(dnormal, normal, rstd, dx, rstd.numel()),
-            **{"W": dx.stride(-2), "D": width, "R": NORM_ROWS},
-            BLOCK_D=triton.next_power_of_2(width),
-        )
-
-
-def _scan_backward(
-    proj: Tensor, params: MixerParameters, scan: _Scan, dproj: Tensor, plan: Plan
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """Write dz into dproj; return dxBC before its SiLU, what `_dt_backward` adds up, and dD.
-
-    dxBC overwrites `scan.pre`, and the states' gradients the states once nothing reads them.
-    """
-    pre, bc, dt, decay, states = scan
-    length = plan.chunks * plan.config.chunk
-    ddt, da_query, da_key = _float_empty(proj, 3, plan.sequences, 2, plan.tiles, length)
-    dskip = _float_empty(proj, plan.sequences, 2, plan.chunks, plan.nheads, plan.splits)
-    kept = _float_empty(proj, states.shape[0])
-    backward_kernels.query_backward[(plan.programs,)](
-        *(proj, params.D, pre, bc, dt, decay, states, dproj, da_query, dskip),
-        *plan.geometry,
-        **plan.sizes(),
-        **plan.config.query_backward.options(),
-    )
-    if plan.several:
-        backward_kernels.state_backward[(plan.sequences * 2 * plan.tiles,)](
-            *(proj, bc, decay, states, dproj, kept),
+        shape = (plan.sequences, 2, plan.tiles, plan.chunks * plan.config.chunk)
+        query, key, pair = _float_empty(proj, 3, *shape)
+        read, written, kept, dbc = _state_backward(scan, dy, dproj, plan, shape)
+        own = _float_empty(proj, plan.programs, plan.config.chunk)
+        backward_kernels.chunk_backward[(plan.programs,)](
+            *(scan.xbc, params.D, scan.dt, scan.decay, dy, dbc),
+            *(dproj, query, key, pair, own),
             *plan.geometry,
-            **plan.sizes("W", *STATE_SIZES),
+            **plan.sizes("W", *SCAN_SIZES, "HAS_STATE"),
+            **plan.config.chunk_backward.options(),
+        )
+        partial = _float_empty(proj, plan.sequences, 2, plan.chunks, 3, plan.nheads)
+        backward_kernels.dt_backward[(plan.programs,)](
+            *(proj, params.dt_bias, params.A_log, scan.dt, query, key, pair, own),
+            *(read, written, kept, dproj, partial),
+            *plan.geometry,
+            **plan.sizes("W", "H", "SPLITS", "Q", "BLOCK_H", "HAS_STATE"),
+        )
+        ddt_bias, dA_log, dD = partial.sum(dim=(0, 2)).unbind(dim=1)
+        return MixerParameters(*_conv_backward(proj, params, dproj, plan), ddt_bias, dA_log, dD)
+
+
+def _state_backward(
+    scan: _Scan, dy: Tensor, dproj: Tensor, plan: Plan, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The terms that pass through the states: `read`, `written`, `kept`, and those of B and C.
+
+    That of x goes into dproj. The states' gradients replace the states.
+    """
+    xbc, dt, decay, states = scan
+    several = int(plan.several)
+    read, written = _float_empty(xbc, 2, several * shape[0], *shape[1:])
+    kept = _float_empty(xbc, states.shape[0])
+    dbc = _float_empty(xbc, several * xbc.shape[0], *xbc.shape[1:-1], 2 * plan.d_state)
+    if plan.several:
+        programs = plan.sequences * 2 * (plan.chunks - 1)
+        backward_kernels.state_query[(programs,)](
+            *(xbc, decay, states, dy, read, dbc),
+            *plan.geometry,
+            **plan.sizes(*SCAN_SIZES),
+            **plan.config.state_query.options(),
+        )
+        backward_kernels.state_backward[(plan.sequences * 2 * plan.tiles,)](
+            *(xbc, decay, dy, states, kept),
+            *plan.geometry,
+            **plan.sizes(*SCAN_SIZES),
             **plan.config.state_backward.options(),
         )
-    backward_kernels.key_backward[(plan.programs,)](
-        *(proj, params.D, pre, bc, dt, decay, states, dproj, ddt, da_key),
-        *plan.geometry,
-        **plan.sizes(),
-        **plan.config.key_backward.options(),
-    )
-    return pre, (ddt, da_query, da_key, kept), dskip.sum(dim=(0, 2, 4))
-
-
-def _dt_backward(
-    proj: Tensor,
-    params: MixerParameters,
-    dt: Tensor,
-    dt_grads: tuple[Tensor, ...],
-    dproj: Tensor,
-    plan: Plan,
-) -> tuple[Tensor, Tensor]:
-    """Write the raw dt's gradient into dproj; return the gradients of dt_bias and A_log."""
-    partial = _float_empty(proj, plan.sequences, 2, plan.chunks, 2, plan.nheads)
-    backward_kernels.dt_backward[(plan.programs,)](
-        *(proj, params.dt_bias, params.A_log, dt, *dt_grads, dproj, partial),
-        *plan.geometry,
-        **plan.sizes("W", "H", "SPLITS", "Q", "BLOCK_H", "HAS_STATE"),
-    )
-    ddt_bias, dA_log = partial.sum(dim=(0, 2)).unbind(dim=1)
-    return ddt_bias, dA_log
+        backward_kernels.state_key[(programs,)](
+            *(xbc, dt, decay, states, written, dbc, dproj),
+            *plan.geometry,
+            **plan.sizes("W", *SCAN_SIZES),
+            **plan.config.state_key.options(),
+        )
+    return read, written, kept, dbc
 
 
 def _conv_backward(
-    proj: Tensor, params: MixerParameters, dxbc: Tensor, dproj: Tensor, plan: Plan
+    proj: Tensor, params: MixerParameters, dproj: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor]:
-    """Write the gradient of the raw xBC into dproj; return those of the taps and the bias."""
-    steps, channels = CONV_TILE
+    """Turn the gradient of x, B, C in dproj into that of xBC; return those of taps and bias."""
     span = triton.cdiv(plan.sequences, CONV_PARTS)
     parts = triton.cdiv(plan.sequences, span)
-    partial = _float_empty(proj, parts, 2, plan.d_conv + 1, plan.d_xbc)
-    backward_kernels.conv_backward[(parts * 2 * triton.cdiv(plan.d_xbc, channels),)](
-        *(proj, params.conv_weight, dxbc, dproj, partial),
+    partial = _float_empty(proj, parts, 2, 5, plan.d_xbc)
+    backward_kernels.conv_backward[(parts * 2 * triton.cdiv(plan.d_xbc, CONV_WALK),)](
+        *(proj, params.conv_weight, params.conv_bias, dproj, partial),
         *(*plan.geometry[:-1], plan.sequences, span),
         **plan.sizes("W", "D_INNER", "D_XBC", "D_CONV"),
-        **{"Q": steps, "BLOCK_C": channels},
+        **{"BLOCK_C": CONV_WALK, "STAGES": CONV_STAGES},
     )
     total = partial.sum(dim=0)
-    return total[:, 1:].flip(1), total[:, 0]
+    return total[:, 1 : 1 + plan.d_conv].flip(1), total[:, 0]
+
+
+def _row_sizes(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    return {"D": width, "R": max(1, ROW_TILE // block), "BLOCK_D": block}
+
+
+def _row_grid(rows: int, width: int) -> tuple[int]:
+    return (triton.cdiv(rows, _row_sizes(width)["R"]),)
+
+
+def gate_forward(proj: Tensor, y: Tensor, out: Tensor, eps: float) -> Tensor:
+    """Write y silu(z) over its root mean square into out, which may be y; return out."""
+    width = y.shape[-1]
+    rows = y.numel() // width
+    with torch.cuda.device_of(y):
+        row_kernels.gate_forward[_row_grid(rows, width)](
+            *(proj, y, out, rows, eps), W=proj.shape[-1], **_row_sizes(width)
+        )
+    return out
+
+
+def gate_backward(proj: Tensor, y: Tensor, dout: Tensor, dproj: Tensor, eps: float) -> Tensor:
+    """Replace dout by the gradient of y, write that of z into dproj; return the gate's output."""
+    normal, width = torch.empty_like(y), y.shape[-1]
+    rows = y.numel() // width
+    with torch.cuda.device_of(y):
+        row_kernels.gate_backward[_row_grid(rows, width)](
+            *(proj, y, dout, normal, dproj, rows, eps), W=proj.shape[-1], **_row_sizes(width)
+        )
+    return normal
+
+
+def norm_forward(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last axis, in x's dtype."""
+    normal, width = torch.empty_like(x), x.shape[-1]
+    rows = x.numel() // width
+    with torch.cuda.device_of(x):
+        row_kernels.norm_forward[_row_grid(rows, width)](
+            *(x, normal, rows, eps), **_row_sizes(width)
+        )
+    return normal
+
+
+def norm_backward(x: Tensor, dnormal: Tensor, dx: Tensor, eps: float) -> None:
+    """Add the gradient of x to dx."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    with torch.cuda.device_of(x):
+        row_kernels.norm_backward[_row_grid(rows, width)](
+            *(x, dnormal, dx, rows, eps), **_row_sizes(width)
+        )
 
 
 class _MixerCore(torch.autograd.Function):
@@ -217,18 +224,19 @@ class _MixerCore(torch.autograd.Function):
     def forward(ctx: Any, proj: Tensor, *args: Any) -> Tensor:
         *tensors, axis, eps, allow_tf32, config = args
         params = MixerParameters(*tensors)
-        out, rstd = mixer_forward(proj, params, axis, eps, allow_tf32, config)
-        ctx.save_for_backward(proj, *params, out, rstd)
-        ctx.options = axis, allow_tf32, config
-        return out
+        ctx.plan, ctx.eps = make_plan(proj, params, axis, allow_tf32, config), eps
+        y = scan_forward(proj, params, ctx.plan)
+        ctx.save_for_backward(proj, *params, y)
+        return gate_forward(proj, y, torch.empty_like(y), eps)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        proj, *tensors, out, rstd = ctx.saved_tensors
-        dproj, grads = mixer_backward(
-            dout, proj, MixerParameters(*tensors), out, rstd, *ctx.options
-        )
+        proj, *tensors, y = ctx.saved_tensors
+        dproj = torch.empty_like(proj)
+        dy = dout.to(proj.dtype, memory_format=torch.contiguous_format, copy=True)
+        gate_backward(proj, y, dy, dproj, ctx.eps)
+        grads = scan_backward(dy, proj, MixerParameters(*tensors), dproj, ctx.plan)
         return dproj, *grads, None, None, None, None
 
 
@@ -260,5 +268,4 @@ def mixer_core(
         TypeError: proj has another dtype, such as float64.
         ValueError: a shape or the axis is not as above.
     """
-    floats = MixerParameters(*(tensor.float().contiguous() for tensor in params))
-    return _MixerCore.apply(proj, *floats, axis, eps, allow_tf32, config)
+    return _MixerCore.apply(proj, *params.floats(), axis, eps, allow_tf32, config)

@@ -10,8 +10,7 @@ import triton
 from torch import Tensor
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STATE_SIZES = ("D_INNER", "D_XBC", "H", "P", "N", "SPLITS", "Q", "BLOCK_N", "BLOCK_P", "PRECISION")
-CHUNK_SIZES = ("W", *STATE_SIZES, "HAS_STATE")
+SCAN_SIZES = ("D_INNER", "D_XBC", "H", "P", "N", "SPLITS", "Q", "BLOCK_N", "BLOCK_P", "PRECISION")
 
 
 class Launch(NamedTuple):
@@ -32,24 +31,25 @@ class KernelConfig:
 
     chunk: int  # steps in a chunk
     headdim_tile: int = 64  # at most this much of a head at once
-    state_forward: Launch = Launch()
-    chunk_forward: Launch = Launch()
-    state_backward: Launch = Launch()
-    query_backward: Launch = Launch(4, 1)
-    key_backward: Launch = Launch(4, 1)
+    state_forward: Launch = Launch(4, 3)
+    chunk_forward: Launch = Launch(4, 2)
+    # As many registers as let two programs of 8 warps, or three of 4, share a multiprocessor.
+    state_query: Launch = Launch(8, 2, 128)
+    state_backward: Launch = Launch(8, 1)
+    state_key: Launch = Launch(8, 2, 128)
+    chunk_backward: Launch = Launch(4, 2, 168)
 
     @staticmethod
-    def choose(dtype: torch.dtype, length: int) -> KernelConfig:
+    def choose(dtype: torch.dtype, length: int, d_state: int) -> KernelConfig:
         """The configuration for a sequence length: one chunk where the sequence fits in it."""
         # A float32 tile is twice the bytes, and its products run outside the tensor cores.
-        longest = 32 if dtype == torch.float32 else 64
+        wide = dtype == torch.float32
+        longest = 32 if wide or d_state > 128 else 64
         chunk = max(16, min(longest, triton.next_power_of_2(length)))
-        if dtype == torch.float32:
-            return KernelConfig(chunk, 64, *[Launch(8, 1)] * 5)
-        if length <= chunk:
+        if not wide:
             return KernelConfig(chunk)
-        # Beside a state's gradient, four warps' registers spill.
-        return KernelConfig(chunk, query_backward=Launch(8, 1), key_backward=Launch(8, 1))
+        # With one stage, ptxas keeps chunk_forward's tiles in local memory.
+        return KernelConfig(chunk, 64, Launch(8, 1), Launch(8, 2), *[Launch(8, 1)] * 4)
 
 
 class MixerParameters(NamedTuple):
@@ -60,6 +60,9 @@ class MixerParameters(NamedTuple):
     dt_bias: Tensor  # 2 h
     A_log: Tensor  # 2 h
     D: Tensor  # 2 h
+
+    def floats(self) -> MixerParameters:
+        return MixerParameters(*(tensor.float().contiguous() for tensor in self))
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Plan:
         return self.chunks > 1
 
     def sizes(self, *names: str) -> dict[str, int | str]:
-        """The named compile-time constants; without names, those of the chunk kernels."""
+        """The named compile-time constants."""
         values: dict[str, int | str] = {
             "W": self.width,
             "D_INNER": self.d_inner,
@@ -119,7 +122,7 @@ class Plan:
             "HAS_STATE": self.several,
             "PRECISION": self.precision,
         }
-        return {name: values[name] for name in names or CHUNK_SIZES}
+        return {name: values[name] for name in names}
 
 
 def _geometry(shape: torch.Size, axis: str) -> tuple[int, int, int, int, int, int]:
@@ -155,7 +158,7 @@ def make_plan(
     d_inner = width - d_xbc - nheads
     d_state, headdim = (d_xbc - d_inner) // 2, d_inner // nheads
     sequences, *strides, length = _geometry(proj.shape, axis)
-    config = config or KernelConfig.choose(proj.dtype, length)
+    config = config or KernelConfig.choose(proj.dtype, length, d_state)
     block_n = max(16, triton.next_power_of_2(d_state))
     # A head's state tile stays within 64 x 128; a wider head takes `splits` tiles.
     limit = max(16, min(config.headdim_tile, 8192 // block_n))

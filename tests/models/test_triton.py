@@ -1,4 +1,4 @@
-"""The Triton mixer core against the sequential scan in float64: outputs and every gradient.
+"""The Triton mixer and block against the sequential scan in float64: outputs and every gradient.
 
 Without a GPU the kernels run in Triton's interpreter, so the sizes are small.
 """
@@ -18,6 +18,7 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="triton is not installed")
 
+from models.mamba2 import Mamba2Block  # noqa: E402
 from models.scan.sequential import sequential_scan  # noqa: E402
 from models.scan.triton_mixer import mixer_core  # noqa: E402
 from models.scan.triton_plan import KernelConfig, Launch, MixerParameters  # noqa: E402
@@ -28,7 +29,7 @@ NAMES = ("out", "proj", *MixerParameters._fields)
 
 
 def small(chunk: int = 16, headdim_tile: int = 64) -> KernelConfig:
-    return KernelConfig(chunk, headdim_tile, *[Launch(4, 1)] * 5)
+    return KernelConfig(chunk, headdim_tile, *[Launch(4, 1)] * 6)
 
 
 def draw(
@@ -138,8 +139,9 @@ def test_head_split_into_tiles() -> None:
 
 
 def test_default_configuration_covers_a_sequence_in_one_chunk() -> None:
-    assert KernelConfig.choose(torch.bfloat16, 62).chunk == 64
-    assert KernelConfig.choose(torch.bfloat16, 801).chunk == 64
+    assert KernelConfig.choose(torch.bfloat16, 62, 128).chunk == 64
+    assert KernelConfig.choose(torch.bfloat16, 801, 128).chunk == 64
+    assert KernelConfig.choose(torch.bfloat16, 801, 256).chunk == 32
     assert_close(draw((2, 3, 5), 2, 16, 16, 4), "band", config=None)
 
 
@@ -152,6 +154,85 @@ def test_strong_decay_stays_finite() -> None:
     proj, params, dout = draw((1, 20, 1), 2, 16, 16, 4)
     proj[..., -2:] += 200.0
     assert_close((proj, params, dout), "time", small(), tolerance=1e-4)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("axis", ["time", "band"])
+def test_every_run_gives_the_same_gradients(axis: str) -> None:
+    proj, params, dout = draw((1, 17, 3) if axis == "time" else (1, 3, 17), 2, 16, 16, 4)
+    proj, dout = proj.to(DEVICE), dout.to(DEVICE)
+    params = MixerParameters(*(tensor.to(DEVICE) for tensor in params))
+
+    def run() -> dict[str, Tensor]:
+        return results(lambda p, w: mixer_core(p, w, axis, config=small()), proj, params, dout)
+
+    first, again = run(), run()
+    for name in NAMES:
+        assert torch.equal(first[name], again[name]), name
+
+
+def blocks(d_conv: int = 4) -> tuple[Mamba2Block, Mamba2Block]:
+    """One block on Triton and its copy in float64, whose norms' weights are not 1."""
+    torch.manual_seed(3)
+    sizes = {"d_state": 16, "d_conv": d_conv, "expand": 2, "headdim": 16}
+    block = Mamba2Block(24, **sizes, scan_backend="triton")
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    reference = Mamba2Block(24, **sizes, scan_backend="sequential").double()
+    reference.load_state_dict(block.state_dict())
+    return block.to(DEVICE), reference
+
+
+def assert_block_close(x: Tensor, axis: int, d_conv: int = 4) -> None:
+    block, reference = blocks(d_conv)
+    single, double = x.to(DEVICE).requires_grad_(), x.double().requires_grad_()
+    y, expected = block(single, axis), reference(double, axis)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    got = torch.autograd.grad(y, [single, *block.parameters()], weights.to(DEVICE))
+    want = torch.autograd.grad(expected, [double, *reference.parameters()], weights.double())
+    names = ["output", "x", *dict(block.named_parameters())]
+    for name, actual, wanted in zip(names, (y, *got), (expected, *want), strict=True):
+        scale = wanted.norm() + 1e-3 * expected.norm()
+        ratio = ((actual.cpu().double() - wanted).norm() / scale).item()
+        limit = 1e-4 if name.endswith(("dt_bias", "A_log")) else 1e-5
+        assert ratio < limit, f"{name}: relative error {ratio:.1e} is not below {limit:.0e}"
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(("axis", "shape"), [(1, (1, 35, 3, 24)), (2, (2, 3, 19, 24))])
+def test_block(axis: int, shape: tuple[int, ...]) -> None:
+    assert_block_close(torch.randn(shape, generator=torch.Generator().manual_seed(5)), axis)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_block_with_silent_frames(axis: int) -> None:
+    x = torch.randn(1, 18, 5, 24, generator=torch.Generator().manual_seed(6))
+    x[:, 3:6] = 0
+    x[:, :, 2] = 0
+    assert_block_close(x, axis)
+
+
+def test_block_of_one_sequence_with_short_convolution() -> None:
+    x = torch.randn(2, 21, 24, generator=torch.Generator().manual_seed(7))
+    assert_block_close(x, 1, d_conv=2)
+
+
+def test_block_without_gradients_is_the_same() -> None:
+    block, _ = blocks()
+    x = torch.randn(1, 4, 7, 24, device=DEVICE)
+    with torch.no_grad():
+        quiet = block(x, 2)
+    assert torch.equal(quiet, block(x, 2).detach())
+
+
+def test_gradients_can_be_taken_twice() -> None:
+    block, _ = blocks()
+    x = torch.randn(1, 4, 7, 24, device=DEVICE, requires_grad=True)
+    y = block(x, 1)
+    first = torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(y.square().sum(), x)[0])
 
 
 def test_unsupported_input_is_refused() -> None:
