@@ -103,7 +103,7 @@ def run_part(name: str, setting: Setting, seconds: float, quick: bool) -> list[d
         error = None
         if reference is not None and output is not None:
             error = ((output - reference).norm() / reference.norm()).item()
-        for backward in (False, True):
+        for backward in (False, True) if case.trains else (False,):
             print(f"  {seconds:g} s, {case.what}, {case.backend}", file=sys.stderr, flush=True)
             if quick and backward and case.backend == "sequential" and name == "network":
                 continue

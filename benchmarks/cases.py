@@ -18,6 +18,7 @@ from models import BSMamba2, BSMamba2Config, mamba2
 from models.bsmamba2 import BAND_AXIS, TIME_AXIS
 from models.conv import causal_conv1d, conv_backends
 from models.dispatch import SCAN_BACKENDS, missing
+from models.graphs import GraphedNetwork
 from models.mamba2 import Mamba2Block
 from models.scan import IMPLEMENTATIONS
 
@@ -49,6 +50,7 @@ class Case:
         run: inputs -> output.
         parameters: get gradients too.
         frames: sequences x steps, or band-frames of the network.
+        trains: whether a backward pass is to be timed.
     """
 
     what: str
@@ -57,6 +59,7 @@ class Case:
     run: Callable[..., Tensor]
     parameters: tuple[Tensor, ...]
     frames: int
+    trains: bool = True
 
 
 def runnable_backends(setting: Setting, whole_block: bool) -> list[str]:
@@ -153,6 +156,9 @@ def network_cases(setting: Setting, seconds: float) -> Iterator[Case]:
         model.to(setting.device)
         run = _under_autocast(setting, name, model)
         yield Case("network", name, (waveform,), run, tuple(model.parameters()), frames)
+        if name == "triton" and setting.device.type == "cuda":
+            run = _under_autocast(setting, name, GraphedNetwork(model.eval()))
+            yield Case("network", "triton, CUDA graph", (waveform,), run, (), frames, trains=False)
 
 
 def has_peer(setting: Setting) -> bool:

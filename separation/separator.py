@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models import BSMamba2, load_checkpoint
 from models.errors import InputError
+from models.graphs import GraphedNetwork
 from separation.audio import check_audio, load_audio, resample
 from separation.overlap_add import Progress, hop_frames, separate_paper, separate_waveform
 
@@ -58,6 +59,7 @@ class Separator:
     batch_size: int = 1
     protocol: str = "ours"
     dtype: str = "auto"
+    _graphed: GraphedNetwork = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -69,6 +71,8 @@ class Separator:
         if self.batch_size < 1:
             raise InputError(f"batch size {self.batch_size}: must be at least 1")
         hop_frames(self.chunk_frames, self.overlap)
+        # Chunks have one shape: on CUDA the network is recorded once and replayed.
+        object.__setattr__(self, "_graphed", GraphedNetwork(self.model))
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str = "auto", **options: Any) -> Separator:
@@ -139,7 +143,7 @@ class Separator:
     def _network(self, batch: Tensor) -> Tensor:
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.uses_bfloat16)
         with torch.inference_mode(), autocast:
-            return self.model(batch.to(self.device)).float().cpu()
+            return self._graphed(batch.to(self.device)).float().cpu()
 
 
 def separate(

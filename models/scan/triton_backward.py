@@ -292,13 +292,16 @@ def conv_backward(
         first, _ = locate(
             seq * 2 + direction, 0, inner, outer_stride, inner_stride, step, length, 1
         )
-        raw1, raw2, raw3, grad1, grad2, grad3 = zero, zero, zero, zero, zero, zero
+        raw1, raw2, raw3 = zero, zero, zero
+        pre1, pre2, pre3 = bias, bias, bias  # what earlier steps give the next three
+        sum1, sum2, sum3 = zero, zero, zero  # what later steps gave the last three
         for i in tl.range(0, length + 3, num_stages=STAGES):
             at = (first + i * stride) * W + D_INNER + channel
             inside = channel < tl.where(i < length, D_XBC, 0)
             raw = tl.load(proj_ptr + at, mask=inside, other=0.0).to(tl.float32)
             grad = tl.load(dproj_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            pre = bias + w0 * raw + w1 * raw1 + w2 * raw2 + w3 * raw3
+            pre = pre1 + w0 * raw
+            pre1, pre2, pre3 = pre2 + w1 * raw, pre3 + w2 * raw, bias + w3 * raw
             s = tl.sigmoid(pre)
             grad *= s * (1 + pre * (1 - s))
             dbias += grad
@@ -306,11 +309,13 @@ def conv_backward(
             dw1 += grad * raw1
             dw2 += grad * raw2
             dw3 += grad * raw3
-            total = w0 * grad3 + w1 * grad2 + w2 * grad1 + w3 * grad
+            total = sum3 + w3 * grad
+            sum1, sum2, sum3 = w0 * grad, sum1 + w1 * grad, sum2 + w2 * grad
             behind = dproj_ptr + at - 3 * stride * W
             final = channel < tl.where(i >= 3, D_XBC, 0)
             tl.store(behind, total.to(dproj_ptr.dtype.element_ty), mask=final)
-            raw1, raw2, raw3, grad1, grad2, grad3 = raw, raw1, raw2, grad, grad1, grad2
+            # Added zeros: Triton 3.6 pipelines a value handed on unchanged as if it were new.
+            raw1, raw2, raw3 = raw + 0.0, raw1 + 0.0, raw2 + 0.0
     # Rows of a partial: the bias, then the taps from the current step back.
     at = partial_ptr + (part * 2 + direction) * 5 * D_XBC + channel
     tl.store(at, dbias, mask=valid)

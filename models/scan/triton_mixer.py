@@ -22,7 +22,7 @@ from models.scan.triton_plan import SCAN_SIZES, KernelConfig, MixerParameters, P
 # Steps and channels of a tile of the forward convolution.
 CONV_TILE = (16, 64)
 # Channels of the backward one, which walks step by step, and how many loads run ahead.
-CONV_WALK, CONV_STAGES = 256, 4
+CONV_WALK, CONV_STAGES = 512, 4
 # Partial sums of the convolution's gradient: enough programs to fill a GPU, few enough to add up.
 CONV_PARTS = 512
 # Elements of a row-wise program.

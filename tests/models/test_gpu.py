@@ -8,6 +8,7 @@ import torch
 from models import BSMamba2, BSMamba2Config
 from models.conv import causal_conv1d, conv_backends
 from models.dispatch import missing
+from models.graphs import GraphedNetwork
 from models.mamba2 import Mamba2Block
 from models.scan import selective_scan
 
@@ -115,3 +116,20 @@ def test_network_in_bfloat16_stays_close_to_float32(assert_close):
         expected = model(waveform)
         with torch.autocast("cuda", torch.bfloat16):
             assert_close("bfloat16", model(waveform), expected, 3e-2)
+
+
+def test_graph_replays_the_network_and_sees_new_weights(assert_close):
+    torch.manual_seed(0)
+    model = BSMamba2(BSMamba2Config(dim=32, depth=1, d_state=32, headdim=32)).cuda().eval()
+    graphed = GraphedNetwork(model)
+    for _ in range(2):
+        for length in (44100, 22050):
+            waveform = torch.randn(2, 2, length, device="cuda")
+            with torch.inference_mode():
+                assert_close(f"{length} samples", graphed(waveform), model(waveform), 1e-6)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+    with torch.no_grad():  # recorded in inference mode, replayed outside
+        assert_close("no_grad", graphed(waveform), model(waveform), 1e-6)
+    assert graphed(waveform).requires_grad  # gradients need the model itself
