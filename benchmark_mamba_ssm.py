@@ -84,11 +84,10 @@ def output_of(case: Case, device: torch.device) -> Tensor | None:
 
 
 def compare(rows: list[dict[str, Cell]]) -> None:
-    """Add the speed-up of every row over the first of its kind, the reference."""
-    references: dict[tuple[Cell, ...], Cell] = {}
+    """Add the speed-up of every row over the reference of its kind."""
+    references = {_kind(r): r["median ms"] for r in rows if r["backend"] in cases.REFERENCES}
     for row in rows:
-        first = references.setdefault(_kind(row), row["median ms"])
-        mine = row["median ms"]
+        first, mine = references.get(_kind(row)), row["median ms"]
         if isinstance(first, float) and isinstance(mine, float):
             row["speed-up"] = first / mine
 
@@ -98,9 +97,12 @@ def run_part(name: str, setting: Setting, seconds: float, quick: bool) -> list[d
     rows: list[dict[str, Cell]] = []
     expected: dict[str, Tensor | None] = {}
     for case in PARTS[name](setting, seconds):
+        if not setting.wants(case.backend):
+            continue
         output = output_of(case, setting.device)
-        reference = expected.setdefault(case.what, output)
-        error = None
+        if case.backend in cases.REFERENCES:
+            expected[case.what] = output
+        reference, error = expected.get(case.what), None
         if reference is not None and output is not None:
             error = ((output - reference).norm() / reference.norm()).item()
         for backward in (False, True) if case.trains else (False,):
@@ -150,6 +152,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="clips at once; default 1, training 5")
     parser.add_argument("--size", choices=SIZES, help="default: paper on a GPU, small on a CPU")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="only these; peer: the peer")
     parser.add_argument("--training", action="store_true", help="time a training step by component")
     parser.add_argument("--quick", action="store_true", help="1 s clips only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
@@ -175,7 +178,8 @@ def make_setting(args: argparse.Namespace) -> Setting:
         raise InputError("--seconds and --batch must be positive")
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     config = SIZES[args.size or ("paper" if device.type == "cuda" else "small")]
-    return Setting(device, dtype, config, args.batch or (5 if args.training else 1))
+    backends = tuple(PEER if name == "peer" else name for name in args.backends or ())
+    return Setting(device, dtype, config, args.batch or (5 if args.training else 1), backends)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -195,11 +199,17 @@ def main(argv: list[str] | None = None) -> int:
         for seconds in args.seconds or (QUICK_SECONDS if short else PAPER_SECONDS):
             for part in args.parts:
                 rows += run_part(part, setting, seconds, args.quick)
+                save(args.json, facts, rows)
     print(markdown_table(rows, columns), end="\n\n")
     print(training_step.verdict(rows) if args.training else verdict(rows))
-    if args.json is not None:
-        write_json(args.json, {"environment": facts, "rows": rows})
+    save(args.json, facts, rows)
     return 0
+
+
+def save(path: Path | None, facts: dict[str, str], rows: list[dict[str, Any]]) -> None:
+    """Write what is measured so far: a run of minutes may be cut off."""
+    if path is not None:
+        write_json(path, {"environment": facts, "rows": rows})
 
 
 if __name__ == "__main__":

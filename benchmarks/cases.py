@@ -23,6 +23,7 @@ from models.mamba2 import Mamba2Block
 from models.scan import IMPLEMENTATIONS
 
 PEER = "peer (mamba_ssm Mamba2)"
+REFERENCES = ("sequential", "nn.Conv1d")  # of speed-up and error
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Setting:
     dtype: torch.dtype
     config: BSMamba2Config
     batch: int
+    backends: tuple[str, ...] = ()
+
+    def wants(self, backend: str) -> bool:
+        """Whether an implementation is asked for; without a choice all are."""
+        return not self.backends or backend in self.backends
 
     def frames(self, seconds: float) -> int:
         """STFT frames of a clip."""

@@ -82,6 +82,35 @@ def test_block_equals_the_recurrence(backend, axis, assert_close):
         assert_close(f"grad {name}", value, wanted, 2e-2 if loose else 1e-4 if sums else 1e-5)
 
 
+@pytest.mark.parametrize("axis", (1, 2))
+def test_bfloat16_errors_are_no_larger_than_mamba_ssms(axis):
+    """Outputs and all gradients against float64: at most 1.2 times the error of the SSD kernels."""
+    needs("ssd", torch.bfloat16)
+    torch.manual_seed(0)
+    reference = Mamba2Block(256, scan_backend="sequential").cuda().double()
+    x = torch.randn(1, 131, 62, 256, device="cuda").bfloat16()
+    wide = x.double().requires_grad_()
+    y = reference(wide, axis)
+    weights = torch.randn_like(y).bfloat16()
+    expected = [y, *torch.autograd.grad(y, [wide, *reference.parameters()], weights.double())]
+    errors = {}
+    for backend in ("triton", "ssd"):
+        block = Mamba2Block(256, scan_backend=backend).cuda()
+        block.load_state_dict(reference.state_dict())
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            y = block(leaf, axis)
+        values = [y, *torch.autograd.grad(y, [leaf, *block.parameters()], weights)]
+        errors[backend] = [
+            ((v.double() - e).norm() / e.norm()).item()
+            for v, e in zip(values, expected, strict=True)
+        ]
+    names = ["output", "grad input", *(f"grad {n}" for n, _ in reference.named_parameters())]
+    rows = dict(zip(names, zip(*errors.values(), strict=True), strict=True))
+    worse = {n: f"{a:.1e} against {b:.1e}" for n, (a, b) in rows.items() if a > 1.2 * b}
+    assert not worse, f"{len(worse)} of {len(rows)}: {worse}"
+
+
 @pytest.mark.parametrize("length", (1, 3, 62, 801))
 def test_convolution_kernel_equals_torch(length, assert_close):
     x, weight = torch.randn(2, length, 64, device="cuda"), torch.randn(64, 4, device="cuda")
