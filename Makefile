@@ -29,7 +29,7 @@ ffmpeg:
 # Fresh machine to sound in about ten minutes on two cores; demo/ can be deleted at any time.
 demo: setup
 	rm -rf $(DEMO)
-	$(BIN)/python -m training.data.synthetic $(DEMO)/data --tracks 32 --seconds 10
+	$(BIN)/python -m training.data.synthetic $(DEMO)/data --tracks 40 --seconds 10
 	$(BIN)/python -m training.data.excerpt $(DEMO)/excerpt
 	$(BIN)/python -m training.train --config configs/demo.yaml
 	$(BIN)/python -m separation.separate $(DEMO)/excerpt/test/*/mixture.wav \

@@ -119,7 +119,10 @@ def verdict(rows: Sequence[dict[str, Cell]]) -> str:
     """One line: the fastest implementation of the longest clip's largest part, and its lead."""
     timed = [row for row in rows if isinstance(row["median ms"], float)]
     kinds = [[r for r in timed if _kind(r) == kind] for kind in dict.fromkeys(map(_kind, timed))]
-    last = [kind for kind in kinds if len(kind) > 1][-1]
+    compared = [kind for kind in kinds if len(kind) > 1]
+    if not compared:
+        return "Verdict: one implementation ran, so there is nothing to compare."
+    last = compared[-1]
     own = [row for row in last if row["backend"] != PEER]
     best = min(own, key=lambda row: float(row["median ms"] or 0))
     slowest = max(own, key=lambda row: float(row["median ms"] or 0))
@@ -174,7 +177,7 @@ def make_setting(args: argparse.Namespace) -> Setting:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"--device {name}: no such device; use cpu or cuda") from error
-    if min(args.seconds or [1]) <= 0 or (args.batch or 1) < 1:
+    if min(args.seconds or [1]) <= 0 or (1 if args.batch is None else args.batch) < 1:
         raise InputError("--seconds and --batch must be positive")
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     config = SIZES[args.size or ("paper" if device.type == "cuda" else "small")]

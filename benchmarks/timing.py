@@ -63,8 +63,8 @@ def _peak_gib(device: torch.device) -> float | None:
 
 def free_memory(device: torch.device) -> None:
     """Return cached memory, so that one measurement's leftovers do not fail the next."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

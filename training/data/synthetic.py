@@ -232,8 +232,8 @@ def make_track(seconds: float, rng: np.random.Generator) -> dict[str, np.ndarray
     }
     shares = {"drums": rng.uniform(0.3, 0.5), "bass": rng.uniform(0.3, 0.5)}
     shares["other"] = rng.uniform(0.06, 0.12)
-    # The voice lies about 3 dB below the accompaniment, as it does in many a mix.
-    shares["vocals"] = sum(shares.values()) * 10 ** (-rng.uniform(2.8, 3.8) / 10)
+    # The voice lies 1 to 2 dB below the accompaniment: to the fore, as in a ballad.
+    shares["vocals"] = sum(shares.values()) * 10 ** (-rng.uniform(1.0, 2.0) / 10)
     for name, stem in stems.items():
         stem *= np.sqrt(shares[name] / np.mean(stem**2))
     loudest = max(float(np.abs(x).max()) for x in (*stems.values(), sum(stems.values())))

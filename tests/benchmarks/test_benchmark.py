@@ -1,0 +1,86 @@
+"""The benchmark measures, compares, and reports what fails."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+import torch
+
+import benchmark_mamba_ssm
+from benchmarks.report import markdown_table, show
+from benchmarks.timing import measure
+from models import InputError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _few_repeats(monkeypatch):
+    monkeypatch.setattr(benchmark_mamba_ssm, "measure", partial(measure, budget_s=0.01))
+
+
+def test_rows_have_times_and_errors_and_land_in_the_file(tmp_path, capsys):
+    path = tmp_path / "new" / "run.json"
+    arguments = ["--device", "cpu", "--seconds", "0.05", "--parts", "scan", "conv"]
+    assert benchmark_mamba_ssm.main([*arguments, "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "Verdict: conv" in printed and "| speed-up" in printed
+    content = json.loads(path.read_text())
+    assert content["environment"]["torch"] == torch.__version__
+    rows = {(r["what"], r["backend"], r["pass"]): r for r in content["rows"]}
+    assert len(rows) == 16  # scan and conv, two axes, two implementations, two passes
+    for (what, backend, _), row in rows.items():
+        assert row["median ms"] > 0 and row["frames/s"] > 0
+        assert row["error"] < 1e-5
+        if backend in ("sequential", "nn.Conv1d"):
+            assert row["speed-up"] == 1 and row["error"] == 0, what
+    sequences, steps = 62, 6
+    row = rows[(f"scan, time axis ({sequences} x {steps})", "chunked", "forward")]
+    assert row["frames/s"] == pytest.approx(1e3 * sequences * steps / row["median ms"])
+
+
+def test_only_the_backends_asked_for_run(capsys):
+    arguments = ["--device", "cpu", "--seconds", "0.05", "--parts", "scan"]
+    assert benchmark_mamba_ssm.main([*arguments, "--backends", "chunked"]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing to compare" in printed
+    assert "| chunked" in printed and "| sequential" not in printed
+
+
+def test_out_of_memory_is_a_cell():
+    def run():
+        raise torch.OutOfMemoryError("2 GiB")
+
+    timing = measure(run, CPU)
+    assert timing.median_ms is None and timing.failure == "out of memory"
+
+
+def test_median_is_of_the_calls_after_the_first():
+    calls = []
+    timing = measure(lambda: calls.append(1), CPU, budget_s=0.0001)
+    assert timing.repeats == len(calls) - 2 >= 3
+    assert timing.median_ms is not None and timing.warmup_s is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (["--device", "nonsense"], "no such device"),
+        (["--device", "cuda"], "no CUDA device here"),
+        (["--seconds", "-1"], "must be positive"),
+        (["--batch", "0"], "must be positive"),
+    ),
+)
+def test_bad_arguments_are_named(arguments, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=message):
+        benchmark_mamba_ssm.main(arguments)
+
+
+def test_tables_show_three_digits_and_dashes():
+    rows = [{"a": 0.000123, "b": None}, {"a": 12345.6, "b": "x"}]
+    assert [show(row["a"]) for row in rows] == ["1.2e-04", "12346"]
+    lines = markdown_table(rows, ("a", "b")).splitlines()
+    assert lines[0] == "| a       | b |" and lines[2] == "| 1.2e-04 | - |"
