@@ -98,8 +98,13 @@ class TrainingSection(Section):
     """Passes whose averaged gradient makes one optimizer step."""
     learning_rate: PositiveFloat = 5e-4
     """Peak learning rate of AdamW."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Constant (the paper), or a cosine from the peak to zero over the run."""
+    schedule: Literal["constant", "cosine", "plateau"] = "constant"
+    """Constant (the paper), a cosine from the peak to zero over the run, or steps down when the
+    validation score stops rising."""
+    plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Schedule plateau: what the rate is multiplied with each time."""
+    plateau_patience: PositiveInt = 10
+    """Schedule plateau: validations in a row without a new best score before that."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps over which the learning rate rises linearly."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -116,6 +121,13 @@ class TrainingSection(Section):
     """Autocast type; parameters, STFTs and the loss stay float32."""
     tf32: bool = True
     """Allow TF32 in the float32 matrix products of CUDA."""
+    deterministic: bool = False
+    """Take the deterministic form of every operation that has one: two runs are then identical
+    where the scan backend is (slower on CUDA; it warns of what has no such form)."""
+    init_from: UserPath | None = None
+    """Checkpoint of any kind whose weights to start from, for fine-tuning; null for none."""
+    max_bad_steps: PositiveInt = 10
+    """Steps in a row without a finite gradient, each of them skipped, after which to stop."""
     compile: bool = False
     """Run the network through torch.compile."""
     max_steps: PositiveInt = 200_000
@@ -143,6 +155,8 @@ class RunSection(Section):
     """Folder of everything a run writes: config, metrics, checkpoints, TensorBoard, cache."""
     tensorboard: bool = True
     """Write TensorBoard events to run.dir/tensorboard."""
+    examples: NonNegativeInt = 2
+    """Validation segments whose sound and spectrograms each validation shows there."""
 
 
 class Config(Section):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, default_collate
 
 from models.errors import InputError
 from training.config import Config
@@ -31,8 +31,10 @@ class Loaders:
         InputError: the data set is missing, broken, or has nothing to train or validate on.
     """
 
-    def __init__(self, config: Config, folder: RunFolder) -> None:
-        self.config = config
+    def __init__(
+        self, config: Config, folder: RunFolder, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.config, self.rank, self.world_size = config, rank, world_size
         data, model = config.data, config.model
         tracks = {
             subset: open_dataset(data.root, subset, sample_rate=model.sample_rate, stems=data.stems)
@@ -58,13 +60,18 @@ class Loaders:
             tracks["valid"], indices["valid"], model.stem_names, data.valid_segments
         )
 
+    def active_windows(self) -> int:
+        """How many segments of the training set hold an active target stem."""
+        windows = self.mixes.windows
+        return sum(len(windows[stem]) for stem in self.config.model.stem_names)
+
     def training(self, start: int) -> Iterator[Example]:
         """Training batches from the example number `start` on, without end."""
         workers = self.config.data.num_workers
         loader = DataLoader(
             self.mixes,
             batch_size=self.config.training.batch_size,
-            sampler=ExampleCounter(start),
+            sampler=ExampleCounter(start, None, self.rank, self.world_size),
             num_workers=workers,
             worker_init_fn=ignore_interrupts,
             pin_memory=torch.cuda.is_available(),
@@ -73,11 +80,19 @@ class Loaders:
         )
         return plain_errors(loader)
 
+    def step(self, start: int, count: int) -> Iterator[Example]:
+        """This rank's batches of the `count` examples from number `start` on, drawn again."""
+        numbers = ExampleCounter(start, start + count, self.rank, self.world_size)
+        batches = BatchSampler(numbers, self.config.training.batch_size, drop_last=False)
+        for members in batches:
+            yield default_collate([self.mixes[number] for number in members])
+
     def validation(self) -> Iterable[Example]:
-        """The validation segments, in order."""
+        """This rank's validation segments, in order: every `world_size`-th from `rank` on."""
         loader = DataLoader(
             self.segments,
             batch_size=self.config.training.batch_size,
+            sampler=range(self.rank, len(self.segments), self.world_size),
             num_workers=self.config.data.num_workers,
             worker_init_fn=ignore_interrupts,
             pin_memory=torch.cuda.is_available(),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import math
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,6 @@ from training.pictures import spectrogram_triptych
 logger = logging.getLogger(__name__)
 
 Row = dict[str, float]
-
-
-class Averages:
-    """Running means of named numbers, which stay on their device."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor | float] = {}
-        self._count = 0
-
-    def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """Take in one value of every name."""
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._count += 1
-
-    def means(self) -> dict[str, Tensor | float]:
-        """The means by name."""
-        return {name: total / self._count for name, total in self._sums.items()}
 
 
 class Logbook:
@@ -52,6 +35,7 @@ class Logbook:
         self.path = root / "metrics.jsonl"
         write_text(self.path, _rows_until(self.path, step))
         self._writer = _open_tensorboard(root, step) if tensorboard else None
+        self._shown: dict[str, str] = {}
         # disable=None: no bar where standard error is not a terminal.
         self.bar = tqdm(total=max_steps, initial=step, unit="step", disable=None)
 
@@ -62,7 +46,9 @@ class Logbook:
     def write(self, row: Row) -> None:
         """Record a row; it holds at least `step` and `loss`."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            # JSON has no NaN; a row of skipped steps alone has no loss.
+            plain = {name: value if math.isfinite(value) else None for name, value in row.items()}
+            file.write(json.dumps(plain) + "\n")
         step = int(row["step"])
         if self._writer is not None:
             for name, value in row.items():
@@ -72,9 +58,12 @@ class Logbook:
             logger.info(_line(row))
         else:
             seconds = f"{row['seconds_per_step']:.2f}s"
-            self.bar.set_postfix(loss=f"{row['loss']:.4f}", step_time=seconds)
+            self._shown |= {"loss": f"{row['loss']:.4f}", "step_time": seconds}
             if "valid_usdr" in row:
+                self._shown["uSDR"] = f"{row['valid_usdr']:.2f}dB"
+                self._shown["level"] = f"{row['valid_level']:.0f}dB"
                 self.bar.write(_line(row))
+            self.bar.set_postfix(self._shown)
 
     def write_example(
         self, waves: dict[str, Tensor], sample_rate: int, step: int, name: str
@@ -123,13 +112,22 @@ def _rows_until(path: Path, step: int) -> str:
 
 
 def _line(row: Row) -> str:
+    left = timedelta(seconds=round(row["seconds_left"]))
     parts = [
         f"step {int(row['step'])}",
         f"loss {row['loss']:.4f}",
         f"lr {row['learning_rate']:.2e}",
         f"grad norm {row['grad_norm']:.2f}",
         f"{row['seconds_per_step']:.2f} s/step",
+        f"{row['real_time_factor']:.3g}x real time",
+        f"{row['data_wait_share']:.1%} waiting for data",
+        f"{left} left",
     ]
+    if row["skipped_steps"]:
+        parts.append(f"{int(row['skipped_steps'])} steps skipped")
     if "valid_usdr" in row:
-        parts.append(f"validation loss {row['valid_loss']:.4f}, uSDR {row['valid_usdr']:.2f} dB")
+        parts.append(
+            f"validation loss {row['valid_loss']:.4f}, uSDR {row['valid_usdr']:.2f} dB"
+            f" (silence 0), level {row['valid_level']:.1f} dB"
+        )
     return ", ".join(parts)

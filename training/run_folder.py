@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from torch import Tensor
 from models import BSMamba2Config
 from models.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from models.errors import InputError
+from models.files import whole_file
+from models.provenance import provenance
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,8 @@ class RunFolder:
             raise InputError(
                 f"run.dir {self.root}: cannot make the folder: {error.strerror}"
             ) from error
+        for part in self.checkpoints.glob(".*.partial.*"):
+            part.unlink()  # of a write that a kill cut off
 
     def save_last(
         self,
@@ -51,13 +57,17 @@ class RunFolder:
         step: int,
     ) -> None:
         """Write last.pt, keep it under its step's number too, and drop the oldest numbered ones."""
-        save_checkpoint(self.last, config, weights, training)
+        _save(self.last, config, weights, training)
         if self.keep == 0:
             return
         numbered = self.checkpoints / f"step_{step:08d}.pt"
         numbered.unlink(missing_ok=True)
-        # A hard link costs no space now and stays when last.pt is replaced.
-        numbered.hardlink_to(self.last)
+        try:
+            # A hard link costs no space now and stays when last.pt is replaced.
+            numbered.hardlink_to(self.last)
+        except OSError:  # a file system without them
+            with whole_file(numbered) as part:
+                shutil.copyfile(self.last, part)
         for old in self._numbered()[self.keep :]:
             old.unlink()
 
@@ -65,7 +75,8 @@ class RunFolder:
         self, config: BSMamba2Config, weights: dict[str, Tensor], step: int, usdr: float
     ) -> None:
         """Write best.pt: the weights that ship, the step and the score, in dB, that chose them."""
-        save_checkpoint(self.best, config, weights, {"step": step, "usdr": usdr})
+        training = {"step": step, "usdr": usdr, "provenance": provenance()}
+        _save(self.best, config, weights, training)
 
     def resume_from(self, resume: str | None) -> Checkpoint | None:
         """The checkpoint to go on from; None to start afresh.
@@ -105,6 +116,20 @@ class RunFolder:
     def _numbered(self) -> list[Path]:
         """The numbered checkpoints, newest first."""
         return sorted(self.checkpoints.glob("step_*.pt"), reverse=True)
+
+
+def _save(
+    path: Path, config: BSMamba2Config, weights: dict[str, Tensor], training: dict[str, Any]
+) -> None:
+    try:
+        save_checkpoint(path, config, weights, training)
+    except RuntimeError as error:
+        # torch reports a failed write of any kind as a wrong position in its archive.
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        free = shutil.disk_usage(path.parent).free / 2**20
+        reason = f"the disk took only a part of it ({free:.0f} MiB are free)"
+        raise OSError(errno.ENOSPC, reason, str(path)) from error
 
 
 def _read_training(path: Path) -> Checkpoint:

@@ -20,11 +20,6 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
-    @property
-    def exit_code(self) -> int:
-        """130 after Ctrl-C; 0 otherwise, as a scheduler expects of a run it stops."""
-        return 130 if self.signal == signal.SIGINT else 0
-
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._note)
@@ -43,6 +38,11 @@ class StopRequest:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+
+
+def exit_code(number: int) -> int:
+    """Of a run that a signal ended: 130 for Ctrl-C; 0 for others, as a scheduler expects."""
+    return 130 if number == signal.SIGINT else 0
 
 
 def ignore_interrupts(worker: int) -> None:

@@ -9,23 +9,36 @@ Any key of training/config.py can follow the configuration file, its value writt
     python -m training.train --config configs/bsmamba2.yaml data.root=/path/to/musdb18hq \
         run.dir=runs/drums model.stem_names=[drums] training.batch_size=2
 
+Several GPUs, on each of several machines, the same way (README, "Several GPUs"):
+
+    torchrun --nproc-per-node=4 -m training.train --config configs/bsmamba2.yaml data.root=...
+
 Go on after an interruption with the same command and `--resume auto`, which starts afresh where
 there is no checkpoint yet. Ctrl-C and SIGTERM finish the step and save; a second Ctrl-C stops at
-once. Watch with `tensorboard --logdir runs`.
+once. Watch with `tensorboard --logdir runs`. Before a long run, `--dry-run` does one step of
+everything and tells whether it fits.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 
 from models.errors import InputError, run_command
 from models.files import write_text
-from training.config import dump_config, load_config
+from training.config import Config, dump_config, load_config
+from training.distributed import World, joined_world
+from training.rehearsal import dry_run, profile
 from training.run_folder import RunFolder
+from training.summary import summary
 from training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,22 +54,71 @@ def main(argv: list[str] | None = None) -> int:
         metavar="auto|PATH",
         help="go on from the newest whole checkpoint in run.dir (auto) or from this one",
     )
+    rehearsal = parser.add_mutually_exclusive_group()
+    rehearsal.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="one step of everything, the checkpoint included: would the real run fit?",
+    )
+    rehearsal.add_argument(
+        "--profile", action="store_true", help="trace a few steps into run.dir/profile and stop"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the file")
     args = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     config = load_config(args.config, args.overrides)
+    with joined_world() as world:
+        set_up_logging(world)
+        try:
+            return train(config, args, world)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                "the GPU's memory ran out: lower training.batch_size (and raise"
+                " training.accumulation to match) or set model.gradient_checkpointing=true"
+            ) from error
+
+
+def train(config: Config, args: argparse.Namespace, world: World) -> int:
+    """Make the run and train it, or rehearse it; returns the exit code."""
     folder = RunFolder(config.run.dir, config.training.keep_checkpoints)
-    checkpoint = folder.resume_from(args.resume)
-    try:
-        trainer = Trainer(config, folder, checkpoint)
-        del checkpoint
+    if args.resume is None and (args.dry_run or args.profile):
+        checkpoint = None  # a rehearsal leaves the run that may be there alone
+    else:
+        checkpoint = folder.resume_from(args.resume)
+    trainer = Trainer(config, folder, checkpoint, world)
+    del checkpoint
+    for line in summary(trainer):
+        logger.info(line)
+    if args.dry_run:
+        return dry_run(trainer)
+    if args.profile:
+        return profile(trainer)
+    if world.is_main:
         write_text(folder.root / "config.yaml", dump_config(config))
+    with logged_to_file(folder.root / "log.txt") if world.is_main else nullcontext():
         return trainer.run()
-    except torch.cuda.OutOfMemoryError as error:
-        raise InputError(
-            "the GPU's memory ran out: lower training.batch_size (and raise training.accumulation"
-            " to match) or set model.gradient_checkpointing=true"
-        ) from error
+
+
+def set_up_logging(world: World) -> None:
+    """Everything from rank 0, warnings from the others."""
+    who = f" [rank {world.rank}]" if world.size > 1 else ""
+    logging.basicConfig(
+        level=logging.INFO if world.is_main else logging.WARNING,
+        format=f"%(asctime)s{who} %(message)s",
+        datefmt="%H:%M:%S",
+    )
+
+
+@contextmanager
+def logged_to_file(path: Path) -> Iterator[None]:
+    """Append what is logged in the body to the run's own log."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 if __name__ == "__main__":

@@ -2,61 +2,53 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import logging
-import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from typing import Any
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from models import BSMamba2, BSMamba2Config
-from models.checkpoint import Checkpoint
-from models.errors import InputError
-from training.config import Config, TrainingSection
+from models import BSMamba2
+from models.checkpoint import Checkpoint, read_checkpoint
+from models.provenance import provenance
+from training.config import Config
 from training.data.mixing import Example
+from training.distributed import Agreement, World
 from training.ema import EMA
+from training.finite import FiniteGuard, stop_at_bad_step
 from training.loaders import Loaders
-from training.logbook import Averages, Logbook, Row
+from training.logbook import Logbook, Row
 from training.loss import SeparationLoss
+from training.meters import Averages, Stopwatch
 from training.run_folder import RunFolder
-from training.schedule import learning_rate
-from training.signals import StopRequest
-from training.validation import round_trip, validate
+from training.schedule import Plateau, learning_rate
+from training.setup import (
+    AUTOCAST_TYPES,
+    Network,
+    apply_switches,
+    make_network,
+    make_optimizer,
+    replicate,
+    resolve_device,
+)
+from training.signals import StopRequest, exit_code
+from training.state import (
+    Position,
+    check_same_network,
+    log_changes,
+    random_states,
+    set_random_states,
+)
+from training.validation import Validation, round_trip, separate_segment, validate
+from training.writer import BackgroundWriter, snapshot
 
 logger = logging.getLogger(__name__)
-
-AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that `training.device` names.
-
-    Raises:
-        InputError: it is a CUDA device that this machine does not have.
-    """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda" if count else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise InputError(f"training.device: no '{name}' here ({count} CUDA devices); use auto")
-    return device
-
-
-def make_optimizer(model: BSMamba2, settings: TrainingSection) -> torch.optim.AdamW:
-    """AdamW that decays all parameters alike, as the authors' training does."""
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
 
 
 class Trainer:
@@ -66,95 +58,139 @@ class Trainer:
         config: the whole configuration.
         folder: where the run writes.
         checkpoint: what to go on from; None starts afresh.
+        world: this process among those of the run.
 
     Raises:
         InputError: the data set, the device or the checkpoint does not fit the configuration.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        checkpoint: Checkpoint | None,
+        world: World | None = None,
+    ) -> None:
         self.config = config
         self.settings = config.training
         self.folder = folder
-        self.device = resolve_device(self.settings.device)
-        self.loaders = Loaders(config, folder)
-        torch.set_float32_matmul_precision("high" if self.settings.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = self.settings.tf32
-        torch.manual_seed(self.settings.seed)
+        self.world = world or World()
+        self.device = resolve_device(self.settings.device, self.world)
+        with self.world.main_first():  # rank 0 indexes the data set
+            self.loaders = Loaders(config, folder, self.world.rank, self.world.size)
+        apply_switches(self.settings)
         self.model = BSMamba2(config.model).to(self.device)
-        self.network: Callable[[Tensor], Tensor] = self.model
-        if self.settings.compile:
-            self.network = torch.compile(self.model)
+        self.network = make_network(self.model, config)
         self.loss = SeparationLoss(**config.loss.model_dump()).to(self.device)
         self.optimizer = make_optimizer(self.model, self.settings)
         fp16 = self.settings.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.ema = EMA(self.model, self.settings.ema_decay)
-        self.step = 0  # optimizer steps done
-        self.examples = 0  # examples consumed, which is the position in the data stream
-        self.best_usdr = -math.inf
-        self.seconds_before = 0.0
+        self.plateau = Plateau(self.settings.plateau_factor, self.settings.plateau_patience)
+        self.position = Position()
         if checkpoint is not None:
             self.load(checkpoint)
-        self.started = time.monotonic()
-        logger.info(
-            "%s parameters on %s in %s, %d segments of %g s a step",
-            f"{sum(p.numel() for p in self.model.parameters()):,}",
-            self.device,
-            self.settings.precision,
-            self.settings.batch_size * self.settings.accumulation,
-            config.data.segment_seconds,
-        )
+        elif self.settings.init_from is not None:
+            self.load_weights()
+        # After the weights, which it takes from rank 0.
+        self.replicas = replicate(self.network, self.device, self.world)
+        self.guard = FiniteGuard(self.device)
+        self.recent: deque[int] = deque(maxlen=2)  # first examples of the newest steps
+        self.seconds_before = self.clock = self.position.seconds
+        self.watch = Stopwatch()  # of this process
+        self.row_watch, self.row_step = Stopwatch(), self.position.step
+        self.averages = Averages()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.position.step
 
     @property
     def seconds(self) -> float:
         """Training time of the run, over all its resumed parts."""
-        return self.seconds_before + time.monotonic() - self.started
+        return self.seconds_before + self.watch.seconds
+
+    @property
+    def examples_per_step(self) -> int:
+        """Examples that all ranks together make one optimizer step of."""
+        return self.settings.batch_size * self.settings.accumulation * self.world.size
 
     @property
     def progress(self) -> float:
         """Share of the run that is done: of its steps or of its time, whichever is further."""
         progress = self.step / self.settings.max_steps
         if self.settings.max_minutes is not None:
-            progress = max(progress, self.seconds / 60 / self.settings.max_minutes)
+            progress = max(progress, self.clock / 60 / self.settings.max_minutes)
         return progress
 
     def run(self) -> int:
         """Train until a limit or a stop request, and return the exit code."""
-        settings = self.settings
-        logbook = Logbook(
-            self.folder.root,
-            step=self.step,
-            max_steps=settings.max_steps,
-            tensorboard=self.config.run.tensorboard,
-        )
-        batches = self.loaders.training(self.examples)
-        averages = Averages()
-        with closing(logbook), logging_redirect_tqdm(), StopRequest() as stop:
-            while self.progress < 1 and not stop:
-                averages.add(self.train_step(batches))
-                logbook.advance()
-                finished = self.progress >= 1
-                validates = finished or self.step % settings.validate_every == 0
-                if validates or stop or self.step % settings.log_every == 0:
-                    row = self.row(averages)
-                    averages = Averages()
-                    if validates:
-                        row |= self.validate(logbook)
-                    logbook.write(row)
-                if finished or stop or self.step % settings.checkpoint_every == 0:
-                    self.save()
-        verb = "stopped" if stop else "finished"
+        batches = self.loaders.training(self.position.examples)
+        agreement = Agreement(self.world)
+        number = 0
+        with self.reporting() as logbook, StopRequest() as stop:
+            while self.progress < 1 and not number:
+                self.train_step(batches)
+                proposal = [float(stop.signal or 0), self.seconds]
+                agreed = agreement.propose(proposal)
+                # The ranks' clocks differ, their learning rates must not.
+                number, self.clock = int(agreed[0]), max(self.clock, agreed[1])
+                self._after_step(logbook, bool(number))
+            agreement.close()
+        verb = "stopped" if number else "finished"
         logger.info("%s at step %d: %s", verb, self.step, self.folder.checkpoints)
-        return stop.exit_code
+        return exit_code(number)
 
-    def train_step(self, batches: Iterator[Example]) -> dict[str, Tensor | float]:
-        """One optimizer step on `accumulation` batches; returns what to log.
+    @contextmanager
+    def reporting(self, files: bool = True) -> Iterator[Logbook | None]:
+        """The checkpoint writer and, on rank 0, the logbook, until the body ends."""
+        with ExitStack() as stack:
+            self.writer = stack.enter_context(closing(BackgroundWriter()))
+            stack.enter_context(logging_redirect_tqdm())
+            logbook = None
+            if files and self.world.is_main:
+                logbook = Logbook(
+                    self.folder.root,
+                    step=self.step,
+                    max_steps=self.settings.max_steps,
+                    tensorboard=self.config.run.tensorboard,
+                )
+                stack.enter_context(closing(logbook))
+            yield logbook
 
-        Raises:
-            InputError: the loss or the gradient is not finite; the weights are as they were.
+    def _after_step(self, logbook: Logbook | None, stops: bool) -> None:
+        settings = self.settings
+        if logbook is not None:
+            logbook.advance()
+        finished = self.progress >= 1
+        validates = finished or self.step % settings.validate_every == 0
+        if validates or stops or self.step % settings.log_every == 0:
+            row = self.row()
+            if validates:
+                row |= self.validate(logbook)
+            if logbook is not None:
+                logbook.write(row)
+            self.row_watch = Stopwatch()
+        if finished or stops or self.step % settings.checkpoint_every == 0:
+            self.save()
+        self.writer.check()
+        if self.guard.in_row() >= settings.max_bad_steps:
+            self._stop_at_bad_step()
+
+    def _stop_at_bad_step(self) -> NoReturn:
+        """Look into the newest steps, whose examples can be drawn again from their numbers."""
+        shares = [self.loaders.step(start, self.examples_per_step) for start in self.recent]
+        name = f"step {self.step} rank {self.world.rank}"
+        batches = itertools.chain.from_iterable(reversed(shares))
+        stop_at_bad_step(self.model, batches, self._plain_loss, name, self.folder.root)
+
+    def train_step(self, batches: Iterator[Example]) -> dict[str, Tensor]:
+        """One optimizer step on `accumulation` batches a rank; returns what to log.
+
+        The step is skipped where the gradient is not finite: weights and moments stay.
         """
-        started = time.monotonic()
-        rate = learning_rate(
+        rate = self.plateau.scale * learning_rate(
             self.step,
             self.progress,
             peak=self.settings.learning_rate,
@@ -163,72 +199,127 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.recent.append(self.position.examples)
         losses = Averages()
-        for _ in range(self.settings.accumulation):
-            losses.add(self.backward(next(batches)))
-        means = losses.means()
-        means["grad_norm"] = self.update(torch.as_tensor(means["loss"]))
-        means["seconds_per_step"] = time.monotonic() - started
+        for number in range(1, self.settings.accumulation + 1):
+            with self.row_watch.measure("data"):
+                batch = next(batches)
+            losses.add(self.backward(batch, exchange=number == self.settings.accumulation))
+        norm, skipped = self.update()
+        means = losses.means() | {"grad_norm": norm}
+        self.averages.add(means, 1 - skipped)
         return means
 
-    def backward(self, batch: Example) -> dict[str, Tensor]:
-        """Forward and backward pass of one batch; returns the loss and its terms."""
+    def backward(self, batch: Example, exchange: bool = True) -> dict[str, Tensor]:
+        """Forward and backward pass of one batch; returns the loss and its terms.
+
+        exchange: whether the ranks average their gradients now; they do so once a step.
+        """
+        with self._without_exchange() if not exchange else nullcontext():
+            loss, terms = self._losses(self.replicas, batch)
+            # One where the loss is finite; else its gradient shall not be either, on any rank.
+            factor = (1 + 0 * loss.detach()) / self.settings.accumulation
+            self.scaler.scale(loss * factor).backward()
+        return {"loss": loss.detach(), **{f"loss_{name}": term for name, term in terms.items()}}
+
+    def _without_exchange(self) -> AbstractContextManager[None]:
+        if isinstance(self.replicas, DistributedDataParallel):
+            return self.replicas.no_sync()
+        return nullcontext()
+
+    def _losses(self, network: Network, batch: Example) -> tuple[Tensor, dict[str, Tensor]]:
         mixture = batch["mixture"].to(self.device, non_blocking=True)  # b c t
         target = batch["target"].to(self.device, non_blocking=True)  # b n c t
-        self.examples += len(mixture)
-        loss, terms = self.loss(self.estimate(mixture), round_trip(self.model, target))
-        self.scaler.scale(loss / self.settings.accumulation).backward()
-        return {"loss": loss.detach(), **{f"loss_{name}": term for name, term in terms.items()}}
+        with self.autocast():
+            estimate = network(mixture)
+        return self.loss(estimate, round_trip(self.model, target))
+
+    def _plain_loss(self, batch: Example) -> Tensor:
+        return self._losses(self.model, batch)[0]
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the training."""
+        dtype = AUTOCAST_TYPES[self.settings.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def estimate(self, mixture: Tensor) -> Tensor:
         """The network in the training's precision: `[b, c, t]` -> `[b, n, c, t]`."""
-        dtype = AUTOCAST_TYPES[self.settings.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        with self.autocast():
             return self.network(mixture)
 
-    def update(self, loss: Tensor) -> Tensor:
-        """Clip the gradient, step the optimizer and the average; returns the gradient's norm."""
+    def update(self) -> tuple[Tensor, Tensor]:
+        """Clip the gradient, step the optimizer and the average.
+
+        Returns:
+            The gradient's norm, and 1 where it was not finite and nothing changed, else 0.
+        """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        # The scaler lowers its scale and skips the step where an fp16 gradient overflows.
-        checked = loss if self.scaler.is_enabled() else loss + norm
-        if not torch.isfinite(checked):
-            raise InputError(
-                f"step {self.step + 1}: the loss ({float(loss):g}) or its gradient"
-                f" ({float(norm):g}) is not finite, stopped before the weights changed:"
-                " lower training.learning_rate or try training.precision=fp32"
-            )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        skipped = (~norm.isfinite()).float()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            # The fused optimizer skips the step on the device; the host does not wait to know.
+            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.model)
-        self.step += 1
-        return norm
+        self.guard.note(skipped)
+        self.position.step += 1
+        self.position.examples += self.examples_per_step
+        return norm, skipped
 
-    def row(self, averages: Averages) -> Row:
-        """The means since the last row as plain numbers."""
-        means = {name: float(value) for name, value in averages.means().items()}
-        examples = self.settings.batch_size * self.settings.accumulation
-        return {
+    def row(self) -> Row:
+        """What happened since the last row, as plain numbers, over all ranks."""
+        means = self.averages.means()
+        values = [float(value) for value in self.world.mean(list(means.values()))]
+        # Read after the means, which wait for the steps to end.
+        watch, steps = self.row_watch, max(1, self.step - self.row_step)
+        self.averages, self.row_step = Averages(), self.step
+        rate = steps * self.examples_per_step / watch.seconds
+        skipped = int(self.guard.total)
+        row = {
             "step": self.step,
-            **means,
+            **dict(zip(means, values, strict=True)),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "examples_per_second": examples / means["seconds_per_step"],
+            "seconds_per_step": watch.seconds / steps,
+            "examples_per_second": rate,
+            "real_time_factor": rate * self.config.data.segment_seconds,
+            "data_wait_share": watch.spent("data") / watch.seconds,
+            "skipped_steps": self.position.skipped + skipped,
             "seconds": self.seconds,
+            "seconds_left": self.seconds * (1 / max(self.progress, 1e-9) - 1),
         }
+        if self.device.type == "cuda":
+            row["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return row
 
-    def validate(self, logbook: Logbook) -> Row:
+    def validate(self, logbook: Logbook | None) -> Row:
         """Score the averaged weights, keep them if they are the best so far."""
         with self.ema.applied(self.model):
-            result = validate(self.estimate, self.model, self.loss, self.loaders.validation())
-        for number, name in enumerate(self.model.config.stem_names):
-            waves = {kind: wave[number] for kind, wave in result.example.items()}
-            logbook.write_example(waves, self.model.config.sample_rate, self.step, name)
-        if result.mean_usdr > self.best_usdr:
-            self.best_usdr = result.mean_usdr
-            self.folder.save_best(self.config.model, self.weights(), self.step, self.best_usdr)
-        per_stem = {f"valid_usdr_{name}": score for name, score in result.usdr.items()}
-        return {"valid_loss": result.loss, "valid_usdr": result.mean_usdr, **per_stem}
+            batches = self.loaders.validation()
+            result = validate(self.estimate, self.model, self.loss, batches, self.world)
+            if logbook is not None:
+                self._show_examples(logbook)
+        if self.settings.schedule == "plateau":
+            self.plateau.note(result.mean_usdr)
+        if result.mean_usdr > self.position.best_usdr:
+            self.position.best_usdr = result.mean_usdr
+            self._save_best()
+        _tell_of_silence(result, self.step)
+        return result.row()
+
+    def _show_examples(self, logbook: Logbook) -> None:
+        segments, config = self.loaders.segments, self.model.config
+        count = min(self.config.run.examples, len(segments))
+        for place in range(count):
+            segment = segments[place * len(segments) // count]
+            waves = separate_segment(self.estimate, self.model, segment)
+            for number, stem in enumerate(config.stem_names):
+                one = {kind: wave[number] for kind, wave in waves.items()}
+                name = f"{stem}/{place + 1}"
+                logbook.write_example(one, config.sample_rate, self.step, name)
 
     def weights(self) -> dict[str, Tensor]:
         """The weights that ship. The authors' checkpoints hold the raw ones: save_ema=false."""
@@ -236,22 +327,39 @@ class Trainer:
             return self.ema.model_state(self.model)
         return self.model.state_dict()
 
-    def save(self) -> None:
-        """Write a checkpoint that `load` goes on from."""
+    def _save_best(self) -> None:
+        if not self.world.is_main:
+            return
+        weights, step, usdr = snapshot(self.weights()), self.step, self.position.best_usdr
+        config = self.config.model
+        self.writer.submit(lambda: self.folder.save_best(config, weights, step, usdr))
+
+    def save(self, folder: RunFolder | None = None) -> None:
+        """Write, in the background, a checkpoint that `load` goes on from."""
+        if not self.world.is_main:
+            return
+        weights, training, step = snapshot(self.weights()), snapshot(self.state()), self.step
+        config, folder = self.config.model, folder or self.folder
+        self.writer.submit(lambda: folder.save_last(config, weights, training, step))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the weights that ship."""
+        position = self.position.as_dict()
+        position["skipped"] += int(self.guard.total)
         training: dict[str, Any] = {
-            "step": self.step,
-            "examples": self.examples,
+            **position,
             "seconds": self.seconds,
-            "best_usdr": self.best_usdr,
             "weights": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "plateau": self.plateau.state_dict(),
             "random": random_states(),
             "config": self.config.model_dump(mode="json"),
+            "provenance": provenance(),
         }
         if not self.settings.save_ema:
             training["ema"] = self.ema.state_dict()
-        self.folder.save_last(self.config.model, self.weights(), training, self.step)
+        return training
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take over the state of a checkpoint.
@@ -265,43 +373,37 @@ class Trainer:
         self.ema.load_state_dict(training.get("ema", checkpoint.state_dict))
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])
+        self.plateau.load_state_dict(training["plateau"])
         for group in self.optimizer.param_groups:
             # The configuration rules, also where it changed since.
             group["betas"] = self.settings.betas
             group["weight_decay"] = self.settings.weight_decay
-        self.step = training["step"]
-        self.examples = training["examples"]
-        self.best_usdr = training["best_usdr"]
-        self.seconds_before = training["seconds"]
+        self.position = Position.from_checkpoint(training)
         set_random_states(training["random"])
+        log_changes(training["config"], self.config.model_dump(mode="json"))
         logger.info("resumed at step %d", self.step)
 
+    def load_weights(self) -> None:
+        """Start from the weights of `training.init_from`, at step 0.
 
-def check_same_network(saved: BSMamba2Config, wanted: BSMamba2Config) -> None:
-    """Compare a checkpoint's network with the configuration's, but for how it is computed.
-
-    Raises:
-        InputError: they differ; the line names the first key.
-    """
-    for field in dataclasses.fields(BSMamba2Config):
-        if field.name in ("scan_backend", "gradient_checkpointing"):
-            continue
-        old, new = getattr(saved, field.name), getattr(wanted, field.name)
-        if old != new:
-            raise InputError(
-                f"model.{field.name}: the checkpoint has {old}, the configuration {new};"
-                " make them agree or use another run.dir"
-            )
+        Raises:
+            InputError: they are of another network than the configuration's.
+        """
+        assert self.settings.init_from is not None
+        found = read_checkpoint(self.settings.init_from)
+        check_same_network(found.config, self.config.model)
+        self.model.load_state_dict(found.state_dict)
+        self.ema = EMA(self.model, self.settings.ema_decay)
+        logger.info("weights from %s", self.settings.init_from)
 
 
-def random_states() -> dict[str, Any]:
-    """States of torch's generators; the stream of examples has none, it counts."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what `random_states` gave; CUDA's only where the number of devices agrees."""
-    torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+def _tell_of_silence(result: Validation, step: int) -> None:
+    """Say when the network has learned no more than to be quiet."""
+    if result.is_silent:
+        logger.info(
+            "step %d: silence plateau: the estimates lie %.0f dB below the stems and score %.2f dB"
+            " uSDR (silence itself 0 dB); L1 losses pass through this, see the README",
+            step,
+            -result.level,
+            result.mean_usdr,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -11,7 +12,12 @@ from torch import Tensor
 
 from evaluation.metrics import usdr
 from models import BSMamba2
+from training.distributed import World
 from training.loss import SeparationLoss
+
+# Estimates this far below their stems, in dB, that score no better than silence are silence.
+SILENT_LEVEL = -20.0
+SILENT_USDR = 0.5
 
 
 @dataclass(frozen=True)
@@ -20,18 +26,40 @@ class Validation:
 
     Attributes:
         loss: mean of the training loss over the segments.
-        usdr: stem -> mean uSDR over the segments, in dB.
-        example: `mixture`, `estimate` and `truth` of the first segment, each [stem, channel, time].
+        usdr: stem -> mean uSDR over the segments, in dB; silence scores 0.
+        level: energy of all estimates over that of all targets, in dB.
     """
 
     loss: float
     usdr: dict[str, float]
-    example: dict[str, Tensor]
+    level: float
 
     @property
     def mean_usdr(self) -> float:
         """Mean over the stems of their uSDR, in dB: what chooses the best checkpoint."""
         return float(np.mean(list(self.usdr.values())))
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the network gives little else than silence: the plateau of L1 losses."""
+        return self.level < SILENT_LEVEL and abs(self.mean_usdr) < SILENT_USDR
+
+    def row(self) -> dict[str, float]:
+        """The scores by the names they are logged under."""
+        return {
+            "valid_loss": self.loss,
+            "valid_usdr": self.mean_usdr,
+            "valid_level": self.level,
+            **{f"valid_usdr_{name}": score for name, score in self.usdr.items()},
+        }
+
+
+@dataclass(frozen=True)
+class _Segment:
+    loss: float
+    usdr: list[float]  # a stem
+    estimate_energy: float
+    target_energy: float
 
 
 def round_trip(model: BSMamba2, target: Tensor) -> Tensor:
@@ -48,32 +76,57 @@ def validate(
     model: BSMamba2,
     loss: SeparationLoss,
     batches: Iterable[dict[str, Tensor]],
+    world: World | None = None,
 ) -> Validation:
-    """Score a network on batches of `mixture [b, c, t]` and `target [b, n, c, t]`.
+    """Score a network; every rank gets the scores over the segments of all.
 
     Args:
         network: mixture -> estimate `[b, n, c, t]`, in the precision of the training.
         model: the network's STFT, names and device; set to evaluation and back to training.
         loss: the training loss.
-        batches: the validation set.
+        batches: `mixture [b, c, t]` and `target [b, n, c, t]`: this rank's share of the segments,
+            every `world.size`-th from number `rank` on.
+        world: the ranks; None for this process alone.
     """
     device = next(model.parameters()).device
-    scores: dict[str, list[float]] = {name: [] for name in model.config.stem_names}
-    losses: list[float] = []
-    example: dict[str, Tensor] = {}
     model.eval()
+    scored: list[_Segment] = []
     for batch in batches:
         mixture = batch["mixture"].to(device)
         target = round_trip(model, batch["target"].to(device))
         estimate = network(mixture).float()
-        losses += [float(loss(e, t)[0]) for e, t in zip(estimate, target, strict=True)]
-        if not example:
-            mixtures = mixture[0].expand_as(target[0])
-            example = {"mixture": mixtures, "estimate": estimate[0], "truth": target[0]}
-        for item_target, item_estimate in zip(target, estimate, strict=True):
-            stems = zip(scores, item_target, item_estimate, strict=True)
-            for name, reference, guess in stems:
-                scores[name].append(usdr(reference.cpu().numpy(), guess.cpu().numpy()))
+        scored += [_score(e, t, loss) for e, t in zip(estimate, target, strict=True)]
     model.train()
-    means = {name: float(np.mean(values)) for name, values in scores.items()}
-    return Validation(float(np.mean(losses)), means, {k: v.cpu() for k, v in example.items()})
+    # In the order of the segments, so that sums do not depend on the number of ranks.
+    ranks = (world or World()).gather(scored)
+    segments = [s for group in zip_longest(*ranks) for s in group if s is not None]
+    scores = np.mean([s.usdr for s in segments], axis=0)
+    energies = [sum(getattr(s, f"{k}_energy") for s in segments) for k in ("estimate", "target")]
+    return Validation(
+        float(np.mean([s.loss for s in segments])),
+        dict(zip(model.config.stem_names, scores.tolist(), strict=True)),
+        float(10 * np.log10((energies[0] + 1e-12) / (energies[1] + 1e-12))),
+    )
+
+
+def _score(estimate: Tensor, target: Tensor, loss: SeparationLoss) -> _Segment:
+    """Scores of one segment; both `[n, c, t]`."""
+    value = float(loss(estimate, target)[0])
+    pairs = zip(target.cpu().numpy(), estimate.cpu().numpy(), strict=True)
+    scores = [usdr(reference, guess) for reference, guess in pairs]
+    energies = [float(wave.double().square().sum()) for wave in (estimate, target)]
+    return _Segment(value, scores, *energies)
+
+
+@torch.no_grad()
+def separate_segment(
+    network: Callable[[Tensor], Tensor], model: BSMamba2, segment: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """`mixture`, `estimate` and `truth` of one validation segment, each `[n, c, t]` on the CPU."""
+    device = next(model.parameters()).device
+    mixture, target = segment["mixture"].to(device), segment["target"].to(device)
+    model.eval()
+    estimate = network(mixture[None]).float()[0]
+    model.train()
+    waves = {"mixture": mixture.expand_as(target), "estimate": estimate, "truth": target}
+    return {kind: wave.cpu() for kind, wave in waves.items()}

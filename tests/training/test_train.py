@@ -70,7 +70,8 @@ def test_a_run_writes_what_it_promises(tiny_config: Path, tmp_path: Path) -> Non
         assert row["grad_norm"] > 0 and row["seconds_per_step"] > 0
     assert ["valid_usdr" in row for row in rows] == [False, False, False, True]
     best = read_checkpoint(run / "checkpoints" / "best.pt")
-    assert best.training == {"step": 4, "usdr": rows[-1]["valid_usdr"]}
+    assert (best.training["step"], best.training["usdr"]) == (4, rows[-1]["valid_usdr"])
+    assert best.training["provenance"]["torch"] == torch.__version__
     assert isinstance(load_checkpoint(run / "checkpoints" / "best.pt"), BSMamba2)
     assert_tensorboard(run / "tensorboard", rows)
 
@@ -84,8 +85,9 @@ def assert_tensorboard(folder: Path, rows: list[dict[str, float]]) -> None:
     assert {"loss", "loss_time", "learning_rate", "grad_norm", "valid_usdr"} <= set(tags["scalars"])
     logged = [event.value for event in events.Scalars("loss")]
     assert logged == pytest.approx([row["loss"] for row in rows], rel=1e-6)
-    assert set(tags["audio"]) == {f"vocals/{k}" for k in ("mixture", "estimate", "truth")}
-    assert tags["images"] == ["vocals/spectrograms"]
+    kinds = ("mixture", "estimate", "truth")
+    assert set(tags["audio"]) == {f"vocals/1/{kind}" for kind in kinds}
+    assert tags["images"] == ["vocals/1/spectrograms"]
 
 
 def test_resumed_run_equals_an_uninterrupted_one(tiny_config: Path, tmp_path: Path) -> None:
@@ -214,16 +216,6 @@ def test_second_interrupt_stops_at_once(
     with pytest.raises(KeyboardInterrupt):
         train(tiny_config)
     assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
-
-
-def test_not_finite_loss_stops_before_the_weights_change(tiny_config: Path) -> None:
-    trainer = make_trainer(tiny_config)
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    broken = next(trainer.loaders.training(0))
-    broken["mixture"][0, 0, 100] = float("nan")
-    with pytest.raises(InputError, match=r"^step 1: the loss \(nan\).*training.learning_rate"):
-        trainer.train_step(iter([broken, broken]))
-    assert_equal(before, {name: p.detach() for name, p in trainer.model.named_parameters()})
 
 
 def test_gpu_memory_error_names_the_remedy(

@@ -1,0 +1,133 @@
+"""A program of the tests: runs in forked processes, which share one slow import of torch.
+
+    python forked.py steps FOLDER CONFIG    the same two steps on one, two and three ranks
+    python forked.py kills FOLDER CONFIG    a run, and the same one killed at random moments
+    python forked.py two FOLDER CONFIG      a run on two ranks, killed once it has a checkpoint
+
+It must compute nothing itself: a process that has run threads cannot be forked safely.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import training.train
+from training.config import load_config
+from training.distributed import joined_world
+from training.run_folder import RunFolder
+from training.trainer import Trainer
+
+KILLS = 20
+
+
+def fork(target: Callable[[], object], environment: dict[str, str] | None = None) -> int:
+    """Run `target` in a child process; returns its number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.environ |= environment or {}
+        torch.set_num_threads(1)
+        result = target()
+        code = result if isinstance(result, int) else 0
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def fork_ranks(size: int, target: Callable[[], object]) -> list[int]:
+    """Run `target` in as many processes as torchrun would start, with its environment."""
+    if size == 1:
+        return [fork(target)]
+    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29800 + size)}
+    numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+    return [fork(target, common | number) for number in numbers]
+
+
+def wait(pids: list[int]) -> None:
+    for pid in pids:
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0, status
+
+
+def two_steps(out: Path, config_path: str, overrides: list[str]) -> None:
+    """Two optimizer steps and a validation in float64, saved by rank 0."""
+    torch.set_default_dtype(torch.float64)
+    config = load_config(config_path, overrides)
+    with joined_world() as world:
+        trainer = Trainer(config, RunFolder(config.run.dir), None, world)
+        batches = (
+            {name: wave.double() for name, wave in batch.items()}
+            for batch in trainer.loaders.training(0)
+        )
+        losses = []
+        for _ in range(2):
+            trainer.train_step(batches)
+            losses.append(trainer.row()["loss"])
+        with trainer.reporting(files=False):
+            scores = trainer.validate(None)
+        if world.is_main:
+            weights = trainer.model.state_dict()
+            torch.save({"weights": weights, "losses": losses, "scores": scores}, out)
+
+
+def steps(folder: Path, config: str) -> None:
+    # Ranks: batch size and accumulation.
+    for size, (batch, accumulation) in {1: (6, 1), 2: (1, 3), 3: (2, 1)}.items():
+        words = [
+            f"training.batch_size={batch}",
+            f"training.accumulation={accumulation}",
+            f"run.dir={folder / str(size)}",
+        ]
+        out = folder / f"{size}.pt"
+        wait(fork_ranks(size, lambda out=out, words=words: two_steps(out, config, words)))
+
+
+def run(folder: Path, config: str) -> int:
+    words = ["--config", config, "--resume", "auto", f"run.dir={folder}"]
+    return training.train.main(words)
+
+
+def two(folder: Path, config: str) -> None:
+    pids = fork_ranks(2, lambda: run(folder / "killed", config))
+    while not (folder / "killed" / "checkpoints" / "last.pt").exists():
+        time.sleep(0.001)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    shutil.copytree(folder / "killed", folder / "left")
+    wait(fork_ranks(2, lambda: run(folder / "killed", config)))
+
+
+def kills(folder: Path, config: str) -> None:
+    wait([fork(lambda: run(folder / "whole", config))])
+    rng = random.Random(0)
+    last = folder / "killed" / "checkpoints" / "last.pt"
+    for _ in range(KILLS):
+        before = written(last)
+        pid = fork(lambda: run(folder / "killed", config))
+        while written(last) == before:  # it gets on by a step at least
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, 0.12))  # then dies in a step or in a write
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, "it ended before the kill"
+    wait([fork(lambda: run(folder / "killed", config))])
+
+
+def written(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+if __name__ == "__main__":
+    {"steps": steps, "kills": kills, "two": two}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,116 @@
+"""Several processes on the CPU, joined by Gloo, against one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from models.checkpoint import Checkpoint, read_checkpoint
+from training.distributed import Agreement, World
+
+MAIN = Path(__file__).parents[2]
+FORKED = Path(__file__).with_name("forked.py")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(MAIN), "OMP_NUM_THREADS": "1"}
+
+
+def run_forked(*words: str | Path) -> None:
+    command = [sys.executable, str(FORKED), *map(str, words)]
+    result = subprocess.run(command, cwd=MAIN, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_step_on_several_ranks_equals_one_on_their_batches(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    run_forked("steps", tmp_path, tiny_config)
+    one, *others = (dict(torch.load(tmp_path / f"{ranks}.pt")) for ranks in (1, 2, 3))
+    for several in others:
+        assert several["losses"] == pytest.approx(one["losses"], rel=1e-9)
+        assert several["scores"] == pytest.approx(one["scores"], rel=1e-7)
+        for name, weight in one["weights"].items():
+            assert weight.dtype == torch.float64
+            difference = (several["weights"][name] - weight).norm() / weight.norm()
+            assert float(difference) < 1e-6, name
+
+
+def test_run_on_two_ranks_killed_and_resumed_equals_a_whole_one(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    changes = {"max_steps": 20, "checkpoint_every": 10, "validate_every": 10, "accumulation": 1}
+    config = change(tiny_config, training=changes)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "training.train", "--config", str(config)]
+    command += [f"run.dir={tmp_path / 'whole'}"]
+    whole = subprocess.Popen(command, cwd=MAIN, env=ENVIRONMENT, stderr=subprocess.PIPE)
+    run_forked("two", tmp_path, config)
+    _, errors = whole.communicate(timeout=120)
+    assert whole.returncode == 0, errors.decode()
+    left = read_checkpoint(tmp_path / "left" / "checkpoints" / "last.pt")
+    assert left.training["step"] == 10
+    states = [
+        read_checkpoint(tmp_path / n / "checkpoints" / "last.pt") for n in ("whole", "killed")
+    ]
+    assert_same_run(states[0], states[1])
+    assert states[1].training["examples"] == 40
+
+
+def change(config: Path, **sections: dict[str, Any]) -> Path:
+    """A configuration file beside another, with other values."""
+    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    for section, changes in sections.items():
+        values[section] = values.get(section, {}) | changes
+    path = config.with_name("changed.yaml")
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def read_both(folder: Path, name: str) -> list[Checkpoint]:
+    """A checkpoint of the whole run and of the killed one."""
+    return [read_checkpoint(folder / run / "checkpoints" / name) for run in ("whole", "killed")]
+
+
+def assert_same_run(one: Checkpoint, other: Checkpoint) -> None:
+    """Bit for bit: raw weights, averages and moments."""
+    pairs = [(one.state_dict, other.state_dict)]
+    pairs.append((one.training["weights"], other.training["weights"]))
+    moments = [s.training["optimizer"]["state"] for s in (one, other)]
+    pairs += [(moments[0][key], moments[1][key]) for key in moments[0]]
+    for left, right in pairs:
+        assert left.keys() == right.keys()
+        for name, tensor in left.items():
+            assert torch.equal(tensor, right[name]), name
+
+
+@pytest.mark.slow
+def test_run_killed_twenty_times_equals_a_whole_one(tiny_config: Path, tmp_path: Path) -> None:
+    training = {"max_steps": 100, "checkpoint_every": 1, "validate_every": 5, "accumulation": 1}
+    config = change(
+        tiny_config,
+        data={"segment_seconds": 0.06},
+        loss={"windows": [256]},
+        training=training,
+    )
+    run_forked("kills", tmp_path, config)
+    states = [
+        read_checkpoint(tmp_path / n / "checkpoints" / "last.pt") for n in ("whole", "killed")
+    ]
+    assert_same_run(states[0], states[1])
+    bests = [read_checkpoint(tmp_path / n / "checkpoints" / "best.pt") for n in ("whole", "killed")]
+    assert bests[0].training["step"] == bests[1].training["step"]
+    rows = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("whole", "killed")]
+    assert len(rows[0]) == len(rows[1]) == 100
+    names = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}
+    assert names == {"last.pt", "best.pt", "step_00000099.pt", "step_00000100.pt"}
+
+
+def test_alone_a_proposal_is_the_answer_at_once() -> None:
+    agreement = Agreement(World())
+    assert agreement.propose([2.0, 5.0]) == [2.0, 5.0]
+    assert agreement.close() is None

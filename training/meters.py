@@ -1,0 +1,56 @@
+"""Numbers between two log rows: means of what steps report, and where the time went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Averages:
+    """Running means of named numbers, which stay on their device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count: Tensor | float = 0.0
+
+    def add(self, values: Mapping[str, Tensor], weight: Tensor | float = 1.0) -> None:
+        """Take in one value of every name; with weight 0 nothing, whatever the values are."""
+        for name, value in values.items():
+            if isinstance(weight, Tensor):
+                value = torch.where(weight > 0, value, 0.0)
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count = self._count + weight
+
+    def means(self) -> dict[str, Tensor]:
+        """The means by name; NaN where everything had weight 0."""
+        return {name: total / self._count for name, total in self._sums.items()}
+
+
+class Stopwatch:
+    """Time of a run between two rows, and the shares of it spent on named things."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the time of the body to `name`."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spent[name] = self._spent.get(name, 0.0) + time.monotonic() - started
+
+    def spent(self, name: str) -> float:
+        """Seconds spent on `name`."""
+        return self._spent.get(name, 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started

@@ -1,0 +1,117 @@
+"""Before a long run: one step of everything (`--dry-run`), or a trace of some (`--profile`)."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from models.errors import InputError
+from training.run_folder import RunFolder
+from training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+_STEPS = 3  # the first allocates the optimizer's moments, the last is timed
+_WAIT, _WARMUP, _ACTIVE = 1, 2, 3
+
+
+def dry_run(trainer: Trainer) -> int:
+    """Train a few steps, validate and write a checkpoint, and tell whether a real run would fit.
+
+    The weights are those of a fresh run or of what `--resume` names; no file is kept.
+
+    Raises:
+        InputError: the GPU's memory or the disk does not suffice.
+    """
+    batches = trainer.loaders.training(trainer.position.examples)
+    for _ in range(_STEPS):
+        started = time.monotonic()
+        trainer.train_step(batches)
+        _synchronize(trainer)
+        step_seconds = time.monotonic() - started
+    started = time.monotonic()
+    with trainer.reporting(files=False):
+        scores = trainer.validate(None)
+        validate_seconds = time.monotonic() - started
+        size, free = _write_checkpoint(trainer)
+    peak = _peak_gib(trainer)
+    if not trainer.world.is_main:
+        return 0
+    settings = trainer.settings
+    steps = settings.max_steps - trainer.step + _STEPS
+    hours = steps * (step_seconds + validate_seconds / settings.validate_every) / 3600
+    if settings.max_minutes is not None:
+        hours = min(hours, settings.max_minutes / 60)
+    logger.info("step: %.2f s, %d examples", step_seconds, trainer.examples_per_step)
+    logger.info("validation: %.1f s, loss %.4f", validate_seconds, scores["valid_loss"])
+    logger.info("peak memory: %s", peak)
+    files = settings.keep_checkpoints + 3  # last, best, and the next while it is written
+    logger.info("checkpoints: %.2f GiB each, at most %d, %.1f GiB free", size, files, free)
+    logger.info("whole run: about %.1f h", hours)
+    if files * size > free:
+        raise InputError(
+            f"{trainer.folder.root}: {free:.1f} GiB are free, the checkpoints of the run need"
+            f" {files * size:.1f}: lower training.keep_checkpoints or choose another run.dir"
+        )
+    logger.info("dry run passed: a real run fits")
+    return 0
+
+
+def profile(trainer: Trainer) -> int:
+    """Trace some steps with torch.profiler into `run.dir/profile`, and log what took longest.
+
+    Open the trace at https://ui.perfetto.dev.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if trainer.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    batches = trainer.loaders.training(trainer.position.examples)
+    schedule = torch.profiler.schedule(wait=_WAIT, warmup=_WARMUP, active=_ACTIVE)
+    with torch.profiler.profile(activities=activities, schedule=schedule) as profiler:
+        for _ in range(_WAIT + _WARMUP + _ACTIVE):
+            with torch.profiler.record_function("train_step"):
+                trainer.train_step(batches)
+            profiler.step()
+    folder = trainer.folder.root / "profile"
+    folder.mkdir(parents=True, exist_ok=True)
+    trace = folder / f"rank{trainer.world.rank}.json.gz"
+    profiler.export_chrome_trace(str(trace))
+    key = "self_cuda_time_total" if trainer.device.type == "cuda" else "self_cpu_time_total"
+    logger.info("\n%s", profiler.key_averages().table(sort_by=key, row_limit=20))
+    logger.info("trace of %d steps: %s (open it at https://ui.perfetto.dev)", _ACTIVE, trace)
+    return 0
+
+
+def _write_checkpoint(trainer: Trainer) -> tuple[float, float]:
+    """Write a checkpoint where the run will; its size and the free space, in GiB."""
+    root = trainer.folder.root
+    with tempfile.TemporaryDirectory(dir=root, prefix=".dry-run-") as name:
+        folder = RunFolder(Path(name))
+        folder.create()
+        trainer.save(folder)
+        trainer.writer.flush()
+        size = folder.last.stat().st_size / GIB if trainer.world.is_main else 0.0
+    return size, shutil.disk_usage(root).free / GIB
+
+
+def _peak_gib(trainer: Trainer) -> str:
+    if trainer.device.type == "cuda":
+        peak = torch.cuda.max_memory_reserved(trainer.device) / GIB
+        total = torch.cuda.get_device_properties(trainer.device).total_memory / GIB
+        return f"{peak:.1f} GiB of {total:.1f} on the GPU"
+    # In KiB on Linux, in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB:.1f} GiB of RAM"
+
+
+def _synchronize(trainer: Trainer) -> None:
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)

@@ -1,0 +1,88 @@
+"""What a checkpoint of a run holds besides the weights that ship, and how a run takes it over."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from models import BSMamba2Config
+from models.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# How the network is computed may change between two parts of a run.
+_NOT_THE_NETWORK = ("scan_backend", "gradient_checkpointing")
+
+
+@dataclass
+class Position:
+    """Where a run is.
+
+    Attributes:
+        step: optimizer steps done.
+        examples: examples consumed by all ranks: the position in the data stream.
+        seconds: training time, over all resumed parts.
+        best_usdr: best validation score so far, in dB.
+        skipped: steps whose gradient was not finite.
+    """
+
+    step: int = 0
+    examples: int = 0
+    seconds: float = 0.0
+    best_usdr: float = -math.inf
+    skipped: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values by name."""
+        return asdict(self)
+
+    @classmethod
+    def from_checkpoint(cls, training: Mapping[str, Any]) -> Position:
+        """The position that a checkpoint holds; what older ones lack is as at the start."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: training[name] for name in names if name in training})
+
+
+def check_same_network(saved: BSMamba2Config, wanted: BSMamba2Config) -> None:
+    """Compare a checkpoint's network with the configuration's, but for how it is computed.
+
+    Raises:
+        InputError: they differ; the line names the first key.
+    """
+    for field in dataclasses.fields(BSMamba2Config):
+        if field.name in _NOT_THE_NETWORK:
+            continue
+        old, new = getattr(saved, field.name), getattr(wanted, field.name)
+        if old != new:
+            raise InputError(
+                f"model.{field.name}: the checkpoint has {old}, the configuration {new};"
+                " make them agree or use another run.dir"
+            )
+
+
+def log_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Tell which keys of the configuration changed since a checkpoint was written."""
+    for section, values in wanted.items():
+        before = saved.get(section, {})
+        for key, value in values.items():
+            if key in before and before[key] != value:
+                logger.info("%s.%s changed from %s to %s", section, key, before[key], value)
+
+
+def random_states() -> dict[str, Any]:
+    """States of torch's generators; the stream of examples has none, it counts."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put back what `random_states` gave; CUDA's only where the number of devices agrees."""
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

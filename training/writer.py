@@ -1,0 +1,94 @@
+"""Files written beside the training, so that no step waits for the disk."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from models.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def snapshot(state: Any) -> Any:
+    """A copy of nested containers whose tensors no later step changes, each on its device."""
+    return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, state)
+
+
+class BackgroundWriter:
+    """Runs jobs one after the other in a thread; an error stops the run at its next call.
+
+    At most two jobs wait, since each holds a copy of the weights: a third makes `submit` wait.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=2)
+        self._error: BaseException | None = None
+        # A daemon: a second Ctrl-C leaves at once, and a part of a file never has its name.
+        self._thread = threading.Thread(target=self._work, daemon=True, name="checkpoints")
+        self._thread.start()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Queue a job; raises what an earlier one raised."""
+        self.check()
+        event = None
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            event = torch.cuda.Event()
+            event.record()
+        self._jobs.put(lambda: _on_side_stream(job, event))
+
+    def check(self) -> None:
+        """Raise what a job raised.
+
+        Raises:
+            InputError: a file could not be written.
+        """
+        if self._error is None:
+            return
+        error, self._error = self._error, None
+        if isinstance(error, OSError):
+            raise InputError(
+                f"{error.filename or 'checkpoint'}: cannot be written: {error.strerror or error};"
+                " free space or mend the disk, then go on with --resume auto from the last"
+                " checkpoint, which is whole"
+            ) from error
+        raise error
+
+    def flush(self) -> None:
+        """Wait for all jobs; raises what one of them raised."""
+        self._jobs.join()
+        self.check()
+
+    def close(self) -> None:
+        """Wait for all jobs and end the thread; raises what one of them raised."""
+        self._jobs.put(None)
+        self._thread.join()
+        self.check()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                if self._error is None:  # else files that are whole would be replaced
+                    job()
+            except BaseException as error:  # handed to the training thread
+                self._error = error
+            finally:
+                self._jobs.task_done()
+
+
+def _on_side_stream(job: Callable[[], None], ready: torch.cuda.Event | None) -> None:
+    """Copy from the GPU beside the training's kernels, once the snapshot is there."""
+    if ready is None:
+        job()
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        job()
