@@ -37,13 +37,20 @@ def dry_run(trainer: Trainer) -> int:
         trainer.train_step(batches)
         _synchronize(trainer)
         step_seconds = time.monotonic() - started
-    started = time.monotonic()
-    with trainer.reporting(files=False):
-        scores = trainer.validate(None)
-        validate_seconds = time.monotonic() - started
-        size, free = _write_checkpoint(trainer)
+    root = trainer.folder.root
+    with tempfile.TemporaryDirectory(dir=root, prefix=".dry-run-") as name:
+        trainer.folder = RunFolder(Path(name))
+        trainer.folder.create()
+        started = time.monotonic()
+        with trainer.reporting(files=False):
+            scores = trainer.validate(None)
+            validate_seconds = time.monotonic() - started
+            trainer.save()
+        main = trainer.world.is_main
+        size = trainer.folder.last.stat().st_size / GIB if main else 0.0
+    free = shutil.disk_usage(root).free / GIB
     peak = _peak_gib(trainer)
-    if not trainer.world.is_main:
+    if not main:
         return 0
     settings = trainer.settings
     steps = settings.max_steps - trainer.step + _STEPS
@@ -58,7 +65,7 @@ def dry_run(trainer: Trainer) -> int:
     logger.info("whole run: about %.1f h", hours)
     if files * size > free:
         raise InputError(
-            f"{trainer.folder.root}: {free:.1f} GiB are free, the checkpoints of the run need"
+            f"{root}: {free:.1f} GiB are free, the checkpoints of the run need"
             f" {files * size:.1f}: lower training.keep_checkpoints or choose another run.dir"
         )
     logger.info("dry run passed: a real run fits")
@@ -73,33 +80,26 @@ def profile(trainer: Trainer) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if trainer.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
+    folder = trainer.folder.root / "profile"
+    folder.mkdir(parents=True, exist_ok=True)
+    trace = folder / f"rank{trainer.world.rank}.json.gz"
+    key = "self_cuda_time_total" if trainer.device.type == "cuda" else "self_cpu_time_total"
+
+    def report(profiler: torch.profiler.profile) -> None:
+        profiler.export_chrome_trace(str(trace))
+        logger.info("\n%s", profiler.key_averages().table(sort_by=key, row_limit=20))
+
     batches = trainer.loaders.training(trainer.position.examples)
-    schedule = torch.profiler.schedule(wait=_WAIT, warmup=_WARMUP, active=_ACTIVE)
-    with torch.profiler.profile(activities=activities, schedule=schedule) as profiler:
+    schedule = torch.profiler.schedule(wait=_WAIT, warmup=_WARMUP, active=_ACTIVE, repeat=1)
+    with torch.profiler.profile(
+        activities=activities, schedule=schedule, on_trace_ready=report
+    ) as profiler:
         for _ in range(_WAIT + _WARMUP + _ACTIVE):
             with torch.profiler.record_function("train_step"):
                 trainer.train_step(batches)
             profiler.step()
-    folder = trainer.folder.root / "profile"
-    folder.mkdir(parents=True, exist_ok=True)
-    trace = folder / f"rank{trainer.world.rank}.json.gz"
-    profiler.export_chrome_trace(str(trace))
-    key = "self_cuda_time_total" if trainer.device.type == "cuda" else "self_cpu_time_total"
-    logger.info("\n%s", profiler.key_averages().table(sort_by=key, row_limit=20))
     logger.info("trace of %d steps: %s (open it at https://ui.perfetto.dev)", _ACTIVE, trace)
     return 0
-
-
-def _write_checkpoint(trainer: Trainer) -> tuple[float, float]:
-    """Write a checkpoint where the run will; its size and the free space, in GiB."""
-    root = trainer.folder.root
-    with tempfile.TemporaryDirectory(dir=root, prefix=".dry-run-") as name:
-        folder = RunFolder(Path(name))
-        folder.create()
-        trainer.save(folder)
-        trainer.writer.flush()
-        size = folder.last.stat().st_size / GIB if trainer.world.is_main else 0.0
-    return size, shutil.disk_usage(root).free / GIB
 
 
 def _peak_gib(trainer: Trainer) -> str:

@@ -334,13 +334,13 @@ class Trainer:
         config = self.config.model
         self.writer.submit(lambda: self.folder.save_best(config, weights, step, usdr))
 
-    def save(self, folder: RunFolder | None = None) -> None:
+    def save(self) -> None:
         """Write, in the background, a checkpoint that `load` goes on from."""
         if not self.world.is_main:
             return
         weights, training, step = snapshot(self.weights()), snapshot(self.state()), self.step
-        config, folder = self.config.model, folder or self.folder
-        self.writer.submit(lambda: folder.save_last(config, weights, training, step))
+        config = self.config.model
+        self.writer.submit(lambda: self.folder.save_last(config, weights, training, step))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides the weights that ship."""

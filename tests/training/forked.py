@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._dynamo  # every optimizer imports it, in seconds
 
 import training.train
 from training.config import load_config

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import logging
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +92,8 @@ def assert_tensorboard(folder: Path, rows: list[dict[str, float]]) -> None:
     logged = [event.value for event in events.Scalars("loss")]
     assert logged == pytest.approx([row["loss"] for row in rows], rel=1e-6)
     kinds = ("mixture", "estimate", "truth")
-    assert set(tags["audio"]) == {f"vocals/1/{kind}" for kind in kinds}
-    assert tags["images"] == ["vocals/1/spectrograms"]
+    assert set(tags["audio"]) == {f"vocals/{n}/{kind}" for n in (1, 2) for kind in kinds}
+    assert tags["images"] == ["vocals/1/spectrograms", "vocals/2/spectrograms"]
 
 
 def test_resumed_run_equals_an_uninterrupted_one(tiny_config: Path, tmp_path: Path) -> None:
@@ -227,6 +233,125 @@ def test_gpu_memory_error_names_the_remedy(
     monkeypatch.setattr(Trainer, "train_step", run_out)
     with pytest.raises(InputError, match="training.batch_size.*model.gradient_checkpointing"):
         train(tiny_config)
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """Files that would grow beyond `limit` bytes fail to, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_leaves_the_last_checkpoint_whole(tiny_config: Path, tmp_path: Path) -> None:
+    words = ["--resume", "auto", "training.validate_every=100"]
+    assert train(tiny_config, "training.max_steps=2", *words) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    with (
+        file_size_limit(2_000_000),
+        pytest.raises(InputError, match=r"last.pt: cannot be written: .*MiB are free.*--resume"),
+    ):
+        train(tiny_config, "training.max_steps=100", *words)
+    assert read_checkpoint(folder / "last.pt").training["step"] == 2
+    assert not list(folder.glob(".*"))
+    assert train(tiny_config, "training.max_steps=4", *words) == 0
+    assert read_checkpoint(folder / "last.pt").training["step"] == 4
+
+
+def test_parts_of_a_write_that_was_killed_are_removed(tiny_config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / ".last.123.partial.pt").write_bytes(b"half")
+    assert train(tiny_config, "training.max_steps=1") == 0
+    assert not list(folder.glob(".*"))
+
+
+def test_fine_tuning_starts_from_the_weights_of_a_checkpoint(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    assert train(tiny_config, "training.max_steps=2") == 0
+    best = tmp_path / "run" / "checkpoints" / "last.pt"
+    words = [f"run.dir={tmp_path / 'tuned'}", f"training.init_from={best}"]
+    trainer = make_trainer(tiny_config, *words)
+    saved = read_checkpoint(best).state_dict
+    assert trainer.step == 0
+    assert_equal(saved, dict(trainer.model.state_dict()))
+    assert_equal(saved, dict(trainer.weights()))
+    with pytest.raises(InputError, match=r"^model.d_state: the checkpoint has 8"):
+        make_trainer(tiny_config, *words, "model.d_state=16")
+
+
+def test_dry_run_does_everything_and_leaves_nothing(
+    tiny_config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert train(tiny_config, "--dry-run") == 0
+    text = caplog.text
+    for part in ("step: ", "validation: ", "peak memory: ", "checkpoints: ", "a real run fits"):
+        assert part in text
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "cache"}
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert train(tiny_config, "training.max_steps=1") == 0
+
+
+def test_dry_run_refuses_a_disk_too_small(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(".")._replace(free=10_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match="0.0 GiB are free.*training.keep_checkpoints"):
+        train(tiny_config, "--dry-run")
+
+
+def test_profile_writes_a_trace(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, steps in {"_WAIT": 0, "_WARMUP": 1, "_ACTIVE": 1}.items():
+        monkeypatch.setattr(f"training.rehearsal.{name}", steps)
+    assert train(tiny_config, "--profile") == 0
+    with gzip.open(tmp_path / "run" / "profile" / "rank0.json.gz", "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert "train_step" in names
+    assert any("AdamW" in str(name) for name in names)
+
+
+def test_learning_rate_falls_on_a_plateau(tiny_config: Path, tmp_path: Path) -> None:
+    words = [
+        "training.schedule=plateau",
+        "training.plateau_patience=1",
+        "training.plateau_factor=0.1",
+    ]
+    words += ["training.validate_every=1", "training.learning_rate=1e-20"]
+    # The weights stay, so the score does; resuming keeps the count.
+    assert train(tiny_config, *words, "training.max_steps=2") == 0
+    assert train(tiny_config, *words, "training.max_steps=4", "--resume", "auto") == 0
+    rates = [row["learning_rate"] for row in read_rows(tmp_path / "run")]
+    assert rates == pytest.approx([1e-20, 1e-20, 1e-21, 1e-22])
+
+
+def test_deterministic_runs_are_identical(tiny_config: Path, tmp_path: Path) -> None:
+    words = ["training.deterministic=true", "training.max_steps=2"]
+    try:
+        for name in ("one", "two"):
+            assert train(tiny_config, *words, f"run.dir={tmp_path / name}") == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    one, two = (read_checkpoint(tmp_path / n / "checkpoints" / "last.pt") for n in ("one", "two"))
+    assert_equal(one.state_dict, two.state_dict)
+
+
+def test_run_keeps_its_log_over_all_parts(
+    tiny_config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)  # the command sets it itself where nobody did
+    for steps in (1, 2):
+        assert train(tiny_config, f"training.max_steps={steps}", "--resume", "auto") == 0
+    text = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+    assert "finished at step 1" in text and "finished at step 2" in text
 
 
 def test_new_run_does_not_overwrite_an_old_one(tiny_config: Path) -> None:

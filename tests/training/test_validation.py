@@ -10,7 +10,7 @@ from torch import Tensor
 from models import BSMamba2, BSMamba2Config
 from training.loss import SeparationLoss
 from training.pictures import BINS_SHOWN, LOWEST_HZ, spectrogram_triptych
-from training.validation import round_trip, validate
+from training.validation import Validation, round_trip, separate_segment, validate
 
 TIME = 10 * 441
 
@@ -45,9 +45,25 @@ def test_means_over_items_of_every_stem(model: BSMamba2) -> None:
     assert result.mean_usdr == pytest.approx(10.0, abs=1e-3)
     expected = float(loss(targets * scale, targets)[0])
     assert result.loss == pytest.approx(expected, rel=1e-4)
-    torch.testing.assert_close(result.example["mixture"][1], targets[0].sum(0))
-    torch.testing.assert_close(result.example["estimate"], targets[0] * scale)
-    torch.testing.assert_close(result.example["truth"], targets[0], rtol=1e-4, atol=1e-5)
+    # 0.9 of one of two equal stems.
+    assert result.level == pytest.approx(10 * np.log10(0.81 / 2), abs=0.1)
+    assert not result.is_silent
+
+
+def test_silence_is_told_from_a_slow_start() -> None:
+    assert Validation(1.0, {"vocals": 0.01}, level=-60.0).is_silent
+    assert not Validation(1.0, {"vocals": 0.01}, level=-3.0).is_silent
+    assert not Validation(1.0, {"vocals": 2.0}, level=-25.0).is_silent
+
+
+def test_an_example_shows_what_the_network_makes_of_a_segment(model: BSMamba2) -> None:
+    segment = {"mixture": torch.randn(2, TIME), "target": torch.randn(2, 2, TIME)}
+    network = torch.nn.Module()
+    network.forward = lambda mixture: torch.stack([mixture, 2 * mixture], dim=1)  # type: ignore
+    waves = separate_segment(network, model, segment)
+    assert torch.equal(waves["truth"], segment["target"])
+    assert torch.equal(waves["mixture"][1], segment["mixture"])
+    assert torch.equal(waves["estimate"][1], 2 * segment["mixture"])
 
 
 @pytest.mark.parametrize("time", [TIME, TIME + 100])

@@ -1,0 +1,58 @@
+"""Jobs beside the training: their order, their errors, and snapshots that do not change."""
+
+from __future__ import annotations
+
+import errno
+import threading
+
+import pytest
+import torch
+
+from models.errors import InputError
+from training.writer import BackgroundWriter, snapshot
+
+
+def test_jobs_run_in_order_beside_the_caller() -> None:
+    writer, gate, done = BackgroundWriter(), threading.Event(), []
+    writer.submit(lambda: done.append(gate.wait(10)))
+    writer.submit(lambda: done.append("second"))
+    assert done == []
+    gate.set()
+    writer.flush()
+    assert done == [True, "second"]
+    writer.close()
+
+
+def test_full_disk_is_one_line_and_stops_what_follows() -> None:
+    writer, done = BackgroundWriter(), []
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "run/checkpoints/last.pt")
+
+    writer.submit(fail)
+    with pytest.raises(InputError, match=r"last.pt: cannot be written: No space .*--resume auto"):
+        writer.flush()
+    writer.submit(lambda: done.append(1))
+    writer.close()
+    assert done == [1]
+
+
+def test_a_fault_of_ours_keeps_its_type() -> None:
+    writer = BackgroundWriter()
+
+    def fail() -> None:
+        raise KeyError("weights")
+
+    writer.submit(fail)
+    with pytest.raises(KeyError):
+        writer.close()
+
+
+def test_snapshot_keeps_values_and_the_rest() -> None:
+    tensor = torch.zeros(3)
+    state = {"a": [tensor, 5], "b": {"name": "x", "c": (tensor, None)}}
+    copy = snapshot(state)
+    tensor += 1
+    assert copy["a"][1] == 5 and copy["b"]["name"] == "x" and copy["b"]["c"][1] is None
+    assert torch.equal(copy["a"][0], torch.zeros(3))
+    assert torch.equal(copy["b"]["c"][0], torch.zeros(3))
