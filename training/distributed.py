@@ -114,6 +114,12 @@ class Agreement:
         return self._values.tolist()
 
 
+def lost_a_rank(error: RuntimeError) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
+
+
 @contextmanager
 def joined_world() -> Iterator[World]:
     """Join the process group that torchrun announces; a process of its own is a world of one.

@@ -32,7 +32,7 @@ import torch
 from models.errors import InputError, run_command
 from models.files import write_text
 from training.config import Config, dump_config, load_config
-from training.distributed import World, joined_world
+from training.distributed import World, joined_world, lost_a_rank
 from training.rehearsal import dry_run, profile
 from training.run_folder import RunFolder
 from training.summary import summary
@@ -74,6 +74,13 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(
                 "the GPU's memory ran out: lower training.batch_size (and raise"
                 " training.accumulation to match) or set model.gradient_checkpointing=true"
+            ) from error
+        except RuntimeError as error:
+            if world.size == 1 or not lost_a_rank(error):
+                raise
+            raise InputError(
+                f"rank {world.rank} stops, since another one is gone ({error}): see what that one"
+                " said last, then go on with --resume auto"
             ) from error
 
 

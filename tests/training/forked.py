@@ -3,6 +3,7 @@
     python forked.py steps FOLDER CONFIG    the same two steps on one, two and three ranks
     python forked.py kills FOLDER CONFIG    a run, and the same one killed at random moments
     python forked.py two FOLDER CONFIG      a run on two ranks, killed once it has a checkpoint
+    python forked.py one FOLDER CONFIG      such runs, of which one rank is stopped or killed
 
 It must compute nothing itself: a process that has run threads cannot be forked safely.
 """
@@ -15,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import torch
 import torch._dynamo  # every optimizer imports it, in seconds
 
 import training.train
+from models.errors import run_command
 from training.config import load_config
 from training.distributed import joined_world
 from training.run_folder import RunFolder
@@ -30,7 +33,7 @@ from training.trainer import Trainer
 KILLS = 20
 
 
-def fork(target: Callable[[], object], environment: dict[str, str] | None = None) -> int:
+def fork(target: Callable[[], int | None], environment: dict[str, str] | None = None) -> int:
     """Run `target` in a child process; returns its number."""
     pid = os.fork()
     if pid:
@@ -39,14 +42,17 @@ def fork(target: Callable[[], object], environment: dict[str, str] | None = None
     try:
         os.environ |= environment or {}
         torch.set_num_threads(1)
-        result = target()
-        code = result if isinstance(result, int) else 0
+        run_command(target)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)
 
 
-def fork_ranks(size: int, target: Callable[[], object]) -> list[int]:
+def fork_ranks(size: int, target: Callable[[], int | None]) -> list[int]:
     """Run `target` in as many processes as torchrun would start, with its environment."""
     if size == 1:
         return [fork(target)]
@@ -55,10 +61,10 @@ def fork_ranks(size: int, target: Callable[[], object]) -> list[int]:
     return [fork(target, common | number) for number in numbers]
 
 
-def wait(pids: list[int]) -> None:
+def wait(pids: list[int], code: int = 0) -> None:
     for pid in pids:
         _, status = os.waitpid(pid, 0)
-        assert os.waitstatus_to_exitcode(status) == 0, status
+        assert os.waitstatus_to_exitcode(status) == code, status
 
 
 def two_steps(out: Path, config_path: str, overrides: list[str]) -> None:
@@ -110,6 +116,19 @@ def two(folder: Path, config: str) -> None:
     wait(fork_ranks(2, lambda: run(folder / "killed", config)))
 
 
+def one(folder: Path, config: str) -> None:
+    for name in ("stopped", "orphaned"):
+        pids = fork_ranks(2, lambda name=name: run(folder / name, config))
+        while not (folder / name / "checkpoints" / "last.pt").exists():
+            time.sleep(0.001)
+        if name == "stopped":
+            os.kill(pids[1], signal.SIGTERM)
+            wait(pids)
+        else:
+            os.kill(pids[1], signal.SIGKILL)
+            wait(pids[:1], code=2)
+
+
 def kills(folder: Path, config: str) -> None:
     wait([fork(lambda: run(folder / "whole", config))])
     rng = random.Random(0)
@@ -131,4 +150,6 @@ def written(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    {"steps": steps, "kills": kills, "two": two}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])
+    {"steps": steps, "kills": kills, "two": two, "one": one}[sys.argv[1]](
+        Path(sys.argv[2]), sys.argv[3]
+    )

@@ -20,10 +20,11 @@ FORKED = Path(__file__).with_name("forked.py")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(MAIN), "OMP_NUM_THREADS": "1"}
 
 
-def run_forked(*words: str | Path) -> None:
+def run_forked(*words: str | Path) -> str:
     command = [sys.executable, str(FORKED), *map(str, words)]
     result = subprocess.run(command, cwd=MAIN, env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    return result.stderr
 
 
 def test_a_step_on_several_ranks_equals_one_on_their_batches(
@@ -59,6 +60,20 @@ def test_run_on_two_ranks_killed_and_resumed_equals_a_whole_one(
     ]
     assert_same_run(states[0], states[1])
     assert states[1].training["examples"] == 40
+
+
+def test_one_rank_stopped_or_lost_ends_the_run_on_all(tiny_config: Path, tmp_path: Path) -> None:
+    training = {"max_steps": 10_000, "checkpoint_every": 3, "validate_every": 10_000}
+    errors = run_forked("one", tmp_path, change(tiny_config, training=training))
+    # SIGTERM to rank 1 alone: both finish a step, rank 0 writes the checkpoint of it.
+    stopped = [line for line in errors.splitlines() if "stopped at step" in line]
+    checkpoint = read_checkpoint(tmp_path / "stopped" / "checkpoints" / "last.pt")
+    assert len(stopped) == 1 and f"stopped at step {checkpoint.training['step']}:" in stopped[0]
+    # kill -9 of rank 1: rank 0 ends with one line, its checkpoint is whole.
+    lost = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lost) == 1 and "rank 0 stops, since another one is gone" in lost[0]
+    assert "Traceback" not in errors
+    assert read_checkpoint(tmp_path / "orphaned" / "checkpoints" / "last.pt").training["step"] >= 3
 
 
 def change(config: Path, **sections: dict[str, Any]) -> Path:
