@@ -104,9 +104,10 @@ def profile(trainer: Trainer) -> int:
 
 def _peak_gib(trainer: Trainer) -> str:
     if trainer.device.type == "cuda":
-        peak = torch.cuda.max_memory_reserved(trainer.device) / GIB
+        peak = torch.cuda.max_memory_allocated(trainer.device) / GIB
+        held = torch.cuda.max_memory_reserved(trainer.device) / GIB
         total = torch.cuda.get_device_properties(trainer.device).total_memory / GIB
-        return f"{peak:.1f} GiB of {total:.1f} on the GPU"
+        return f"{peak:.1f} GiB in use, {held:.1f} GiB reserved, of {total:.1f} on the GPU"
     # In KiB on Linux, in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB:.1f} GiB of RAM"

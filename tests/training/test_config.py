@@ -46,6 +46,17 @@ def test_demo_file_is_valid() -> None:
     assert config.training.max_minutes is not None and config.training.max_minutes <= 5
 
 
+def test_four_stems_differ_from_the_paper_in_little_else() -> None:
+    paper = load_config(CONFIGS / "bsmamba2.yaml", ["data.root=music"])
+    four = load_config(CONFIGS / "musdb_4stems.yaml", ["data.root=music"])
+    assert four.model.stem_names == four.data.stems
+    settings = four.training
+    assert settings.batch_size * settings.accumulation == 60
+    same = {"batch_size": 5, "accumulation": 12}
+    assert settings.model_copy(update=same) == paper.training
+    assert (four.data, four.loss) == (paper.data, paper.loss)
+
+
 def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
     config = load_config(
         write(tmp_path, MINIMAL),
