@@ -1,17 +1,25 @@
-"""A data set on disk -> its tracks: MUSDB18-HQ folders or MUSDB18 `.stem.mp4` files.
-
-The split is MUSDB18's: `root/train` less the 14 usual validation tracks, those 14, and `root/test`.
-"""
+"""A data set on disk -> its tracks: folders of stems, or MUSDB18 `.stem.mp4` files."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from models.errors import InputError
+from training.data.cache import HeaderCache, cache_folders
 from training.data.folders import open_folder
-from training.data.stem_files import SUFFIX, open_stem_file
-from training.data.track import MIXTURE, STEMS, CorruptAudioError, Track
+from training.data.prepared import copies_folder, find_copy
+from training.data.splits import MUSDB_VALIDATION_TRACKS, SUBSETS, Split, select
+from training.data.stem_files import open_stem_file
+from training.data.track import (
+    MIXTURE,
+    STEMS,
+    CorruptAudioError,
+    Expected,
+    MissingStems,
+    Track,
+)
 
 __all__ = [
     "MIXTURE",
@@ -21,120 +29,99 @@ __all__ = [
     "CorruptAudioError",
     "Track",
     "open_dataset",
+    "open_tracks",
 ]
 
-SUBSETS = ("train", "valid", "test")
-# musdb 0.4 (configs/mus.yaml, validation_tracks). Listed here because importing musdb needs ffmpeg.
-MUSDB_VALIDATION_TRACKS = (
-    "Actions - One Minute Smile",
-    "Clara Berry And Wooldog - Waltz For My Victims",
-    "Johnny Lokke - Promises & Lies",
-    "Patrick Talbot - A Reason To Leave",
-    "Triviul - Angelsaint",
-    "Alexander Ross - Goodbye Bolero",
-    "Fergessen - Nos Palpitants",
-    "Leaf - Summerghost",
-    "Skelpolu - Human Mistakes",
-    "Young Griffo - Pennies",
-    "ANiMAL - Rockshow",
-    "James May - On The Line",
-    "Meaxic - Take A Step",
-    "Traffic Experiment - Sirens",
-)
-_VALID_SHARE = 0.1
 _MAX_LISTED = 20
 
 logger = logging.getLogger(__name__)
 
 
 def open_dataset(
-    root: Path,
+    roots: Path | Sequence[Path],
     subset: str,
     *,
     sample_rate: int = 44_100,
     stems: tuple[str, ...] = STEMS,
+    missing_stems: MissingStems = "error",
+    split: Split | None = None,
+    cache_dir: Path | None = None,
     skip_broken: bool = False,
 ) -> list[Track]:
-    """The tracks of a subset, sorted by name, opened by their headers alone.
+    """The tracks of a subset, root after root and sorted by name, opened by their headers alone.
 
     Args:
-        root: the folder that holds `train` and `test`, and maybe `valid`.
-        subset: "train", "valid" or "test". Without a folder `valid`, the validation tracks are
-            those of `train` that MUSDB18 names, else the last tenth (at least one) by name.
-            `train` never includes them.
+        roots: one folder or several. A root holds `train` and `test`, and maybe `valid`, with a
+            folder or a `.stem.mp4` a track; or its tracks themselves, which then train.
+        subset: "train", "valid" or "test".
         sample_rate: what every file must have, in Hz.
-        stems: what every track folder must have. `mixture.wav` may be missing in `train` and
+        stems: what every track folder must have. A file `mixture` may be missing in `train` and
             `valid`: the mixture is then the sum of the stems.
+        missing_stems: "silence" lets a track lack some of the stems.
+        split: how to choose validation tracks where there is no folder `valid`.
+        cache_dir: where headers and prepared copies are kept; None for beside the data.
         skip_broken: log broken tracks by name and go on with the others.
 
     Raises:
         InputError: no such folder, no tracks, or broken tracks, all of them in one message.
     """
-    if subset not in SUBSETS:
-        raise InputError(f"unknown subset '{subset}': choose one of {', '.join(SUBSETS)}")
+    roots = [roots] if isinstance(roots, Path) else list(roots)
+    expected = Expected(sample_rate, stems, missing_stems)
+    split = split or Split()
     tracks: list[Track] = []
     broken: list[str] = []
-    for path in _select(root, subset):
-        try:
-            if path.is_dir():
-                tracks.append(open_folder(path, sample_rate, stems, subset == "test"))
-            else:
-                tracks.append(open_stem_file(path, sample_rate))
-        except InputError as error:
-            broken.append(str(error))
+    for root in roots:
+        opened, reasons = open_tracks(
+            root, select(root, subset, split), expected, cache_dir, subset == "test"
+        )
+        tracks += opened
+        broken += reasons
+    where = " and ".join(map(str, roots))
     if broken and not skip_broken:
-        raise InputError(_report(root, broken))
+        raise InputError(_report(where, broken))
     for message in broken:
         logger.warning("track skipped: %s", message)
+    if not tracks and broken:
+        raise InputError(f"data root {where}: every track of '{subset}' is broken: {broken[0]}")
     if not tracks:
-        raise InputError(f"data root {root}: every track of '{subset}' is broken: {broken[0]}")
+        raise InputError(
+            f"data root {where} has no track left to {'train' if subset == 'train' else subset}"
+            f" on: add tracks, a folder 'valid' beside 'train', or change data.valid_tracks or"
+            " data.valid_fraction"
+        )
     return tracks
 
 
-def _select(root: Path, subset: str) -> list[Path]:
-    """Paths of the tracks of a subset, sorted by name."""
-    if not root.is_dir():
-        reason = "is a file" if root.exists() else "does not exist"
-        raise InputError(f"data root {root} {reason}: name the folder that holds train/ and test/")
-    if subset == "test" or (root / "valid").is_dir():
-        return _list_tracks(root, subset)
-    everything = _list_tracks(root, "train")
-    valid = [path for path in everything if _track_name(path) in MUSDB_VALIDATION_TRACKS]
-    if not valid:
-        valid = everything[-max(1, round(_VALID_SHARE * len(everything))) :]
-    selected = valid if subset == "valid" else [path for path in everything if path not in valid]
-    if not selected:
-        raise InputError(
-            f"{root / 'train'} has no track left to train on beside the {len(valid)} for"
-            " validation: add tracks, or a folder 'valid' beside it"
-        )
-    return selected
+def open_tracks(
+    root: Path,
+    paths: Sequence[Path],
+    expected: Expected,
+    cache_dir: Path | None = None,
+    need_mixture: bool = False,
+) -> tuple[list[Track], list[str]]:
+    """Open tracks of a root at `paths`: those that are sound, and what is wrong with the others."""
+    caches = cache_folders(root, cache_dir)
+    headers = HeaderCache(root, caches)
+    with_copies = [cache for cache in caches if copies_folder(cache).is_dir()]
+    tracks: list[Track] = []
+    broken: list[str] = []
+    for path in paths:
+        try:
+            copy = find_copy(with_copies, root, path, expected.sample_rate)
+            if copy or path.is_dir():
+                folder = copy or path
+                tracks.append(open_folder(root, folder, expected, headers, need_mixture))
+            else:
+                tracks.append(open_stem_file(root, path, expected.sample_rate))
+        except InputError as error:
+            broken.append(str(error))
+    headers.save()
+    return tracks, broken
 
 
-def _list_tracks(root: Path, folder_name: str) -> list[Path]:
-    folder = root / folder_name
-    if not folder.is_dir():
-        raise InputError(f"data root {root} has no folder '{folder_name}': expected MUSDB18 layout")
-    tracks = [
-        path
-        for path in folder.iterdir()
-        if not path.name.startswith(".") and (path.is_dir() or path.name.endswith(SUFFIX))
-    ]
-    if not tracks:
-        raise InputError(
-            f"{folder} holds no tracks: expected {folder_name}/<track>/{STEMS[0]}.wav or"
-            f" {folder_name}/<track>{SUFFIX}"
-        )
-    return sorted(tracks, key=_track_name)
-
-
-def _track_name(path: Path) -> str:
-    return path.name.removesuffix(SUFFIX)
-
-
-def _report(root: Path, broken: list[str]) -> str:
+def _report(where: str, broken: list[str]) -> str:
     if len(broken) == 1:
         return broken[0]
     listed = "; ".join(broken[:_MAX_LISTED])
     more = f"; and {len(broken) - _MAX_LISTED} more" if len(broken) > _MAX_LISTED else ""
-    return f"data root {root} has {len(broken)} broken tracks: {listed}{more}"
+    return f"data root {where} has {len(broken)} broken tracks: {listed}{more}"

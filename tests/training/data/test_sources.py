@@ -100,8 +100,8 @@ def break_rate(stem: Path) -> None:
     soundfile.write(stem, silence(2), 48_000, "PCM_16")
 
 
-def break_mono(stem: Path) -> None:
-    soundfile.write(stem, silence(1), RATE, "PCM_16")
+def break_channels(stem: Path) -> None:
+    soundfile.write(stem, silence(3), RATE, "PCM_16")
 
 
 def break_corrupt(stem: Path) -> None:
@@ -124,7 +124,7 @@ BREAKAGES = {
     "missing": (break_missing, "is missing: add it"),
     "shorter": (break_shorter, "has 44000 samples but vocals.wav has 44100: cut or pad"),
     "rate": (break_rate, "has 48000 Hz, expected 44100: resample"),
-    "mono": (break_mono, r"has 1 channel\(s\), expected stereo: convert"),
+    "three channels": (break_channels, "has 3 channels, expected stereo or mono: convert"),
     "corrupt": (break_corrupt, r"is not readable audio \(.*\): restore it"),
     "zero bytes": (break_zero_bytes, r"is empty \(0 bytes\): restore it"),
     "zero samples": (break_zero_samples, "holds no samples: restore it"),
@@ -144,7 +144,7 @@ def test_broken_stem_is_named_with_its_remedy(root: Path, kind: str) -> None:
 
 def test_all_broken_tracks_are_reported_at_once(root: Path, caplog) -> None:
     break_missing(root / "train" / "song 0" / "bass.wav")
-    break_mono(root / "train" / "song 2" / "other.wav")
+    break_channels(root / "train" / "song 2" / "other.wav")
     with pytest.raises(InputError, match=r"2 broken tracks: .*song 0/bass.wav .*song 2/other.wav"):
         open_dataset(root, "train")
     kept = open_dataset(root, "train", skip_broken=True)
@@ -189,7 +189,7 @@ def test_damage_after_opening_is_a_corrupt_audio_error(root: Path) -> None:
     break_corrupt(paths["drums"])
     break_missing(paths["bass"])
     soundfile.write(paths["other"], np.full((RATE, 2), np.nan), RATE, "FLOAT")
-    messages = {"vocals": "is cut", "drums": "cannot", "bass": "cannot", "other": "has NaN"}
+    messages = {"vocals": "is cut", "drums": "cannot", "bass": "has disappeared", "other": "is now"}
     for stem, message in messages.items():
         with pytest.raises(CorruptAudioError, match=f"{stem}.wav {message}") as caught:
             track.read(stem, 20_000, 1000)
