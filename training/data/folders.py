@@ -34,6 +34,10 @@ class FolderTrack:
     def files(self) -> tuple[Path, ...]:
         return tuple(Path(file.path) for file in self.audio.values())
 
+    @property
+    def is_seekable(self) -> bool:
+        return True
+
     def file(self, stem: str) -> AudioFile | None:
         """See `Track.file`."""
         return self.audio.get(stem)

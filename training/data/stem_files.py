@@ -43,6 +43,10 @@ class StemFileTrack:
     def files(self) -> tuple[Path, ...]:
         return (self.path,)
 
+    @property
+    def is_seekable(self) -> bool:
+        return False
+
     def file(self, stem: str) -> AudioFile | None:
         """See `Track.file`: the same for every stem."""
         return self.container

@@ -71,6 +71,10 @@ class Track(Protocol):
     def files(self) -> tuple[Path, ...]:
         """The files on disk that the track is read from."""
 
+    @property
+    def is_seekable(self) -> bool:
+        """Whether a partial read costs no more than what it reads."""
+
     def file(self, stem: str) -> AudioFile | None:
         """The file that holds a stem, None where the stem is missing and counts as silence."""
 
