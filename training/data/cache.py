@@ -97,7 +97,7 @@ class HeaderCache:
 
     def __init__(self, root: Path, folders: Sequence[Path] = ()) -> None:
         self._prefix = os.path.join(root, "")  # noqa: PTH118
-        self._folders = folders
+        self.folders = folders
         self._known: dict[str, list] = {}
         self._is_new = False
         for folder in reversed(folders):
@@ -120,9 +120,9 @@ class HeaderCache:
 
     def save(self) -> None:
         """Keep the headers that were read."""
-        if self._is_new and self._folders:
+        if self._is_new and self.folders:
             text = json.dumps({"format": _FORMAT, "files": self._known}, separators=(",", ":"))
-            write_first(self._folders, _HEADERS, lambda path: write_text(path, text))
+            write_first(self.folders, _HEADERS, lambda path: write_text(path, text))
             self._is_new = False
 
 

@@ -10,7 +10,7 @@ from models.errors import InputError
 from training.data.cache import HeaderCache, cache_folders
 from training.data.folders import open_folder
 from training.data.prepared import copies_folder, find_copy
-from training.data.splits import MUSDB_VALIDATION_TRACKS, SUBSETS, Split, select
+from training.data.splits import MUSDB_VALIDATION_TRACKS, SUBSETS, Split, select, track_name
 from training.data.stem_files import open_stem_file
 from training.data.track import (
     MIXTURE,
@@ -27,6 +27,7 @@ __all__ = [
     "STEMS",
     "SUBSETS",
     "CorruptAudioError",
+    "Split",
     "Track",
     "open_dataset",
     "open_tracks",
@@ -47,6 +48,7 @@ def open_dataset(
     split: Split | None = None,
     cache_dir: Path | None = None,
     skip_broken: bool = False,
+    keep_headers: bool = False,
 ) -> list[Track]:
     """The tracks of a subset, root after root and sorted by name, opened by their headers alone.
 
@@ -61,6 +63,7 @@ def open_dataset(
         split: how to choose validation tracks where there is no folder `valid`.
         cache_dir: where headers and prepared copies are kept; None for beside the data.
         skip_broken: log broken tracks by name and go on with the others.
+        keep_headers: write what was read to the cache, so that a large set opens faster next time.
 
     Raises:
         InputError: no such folder, no tracks, or broken tracks, all of them in one message.
@@ -70,12 +73,21 @@ def open_dataset(
     split = split or Split()
     tracks: list[Track] = []
     broken: list[str] = []
+    known: set[str] = set()
     for root in roots:
-        opened, reasons = open_tracks(
-            root, select(root, subset, split), expected, cache_dir, subset == "test"
-        )
+        paths = select(root, subset, split)
+        headers = HeaderCache(root, cache_folders(root, cache_dir))
+        opened, reasons = open_tracks(root, paths, expected, headers, subset == "test")
+        if keep_headers:
+            headers.save()
         tracks += opened
         broken += reasons
+        known |= {track_name(path) for path in paths}
+    unknown = sorted(set(split.valid_tracks) - known) if subset == "valid" else []
+    if unknown:
+        raise InputError(
+            f"data.valid_tracks: no track '{unknown[0]}' in {' or '.join(map(str, roots))}"
+        )
     where = " and ".join(map(str, roots))
     if broken and not skip_broken:
         raise InputError(_report(where, broken))
@@ -96,13 +108,11 @@ def open_tracks(
     root: Path,
     paths: Sequence[Path],
     expected: Expected,
-    cache_dir: Path | None = None,
+    headers: HeaderCache,
     need_mixture: bool = False,
 ) -> tuple[list[Track], list[str]]:
     """Open tracks of a root at `paths`: those that are sound, and what is wrong with the others."""
-    caches = cache_folders(root, cache_dir)
-    headers = HeaderCache(root, caches)
-    with_copies = [cache for cache in caches if copies_folder(cache).is_dir()]
+    with_copies = [cache for cache in headers.folders if copies_folder(cache).is_dir()]
     tracks: list[Track] = []
     broken: list[str] = []
     for path in paths:
@@ -115,7 +125,6 @@ def open_tracks(
                 tracks.append(open_stem_file(root, path, expected.sample_rate))
         except InputError as error:
             broken.append(str(error))
-    headers.save()
     return tracks, broken
 
 
