@@ -219,7 +219,7 @@ def _warn_of_shared_names(tracks: dict[str, list[Track]]) -> None:
     shared = sorted(names["train"] & names["valid"])
     if shared:
         logger.warning(
-            "%d names are both in train and in valid (%s): if they are the same songs, the"
+            "%d name(s) both in train and in valid (%s): if they are the same songs, the"
             " validation scores are too good; name them in data.valid_tracks",
             len(shared),
             ", ".join(shared[:5]),
