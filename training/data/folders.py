@@ -73,11 +73,12 @@ def open_folder(
     if MIXTURE not in entries and need_mixture:
         raise InputError(f"{folder / MIXTURE}.wav is missing: add it")
     _check_missing(folder, entries, expected)
-    audio = {
-        name: _open(entries[name], expected, headers)
-        for name in (*expected.stems, MIXTURE)
-        if name in entries
-    }
+    audio: dict[str, AudioFile] = {}
+    rate = expected.sample_rate
+    for name in (*expected.stems, MIXTURE):
+        if name in entries:
+            audio[name] = _open(entries[name], rate, headers)
+            rate = rate or audio[name].sample_rate
     first, *others = audio.values()
     for file in others:
         if file.frames != first.frames:
@@ -85,8 +86,9 @@ def open_folder(
                 f"{file.path} has {file.frames} samples but {Path(first.path).name} has"
                 f" {first.frames}: cut or pad the stems of a track to one length"
             )
-    rate = expected.sample_rate
-    return FolderTrack(folder.name, root, folder, rate, first.frames, expected.stems, audio)
+    return FolderTrack(
+        folder.name, root, folder, first.sample_rate, first.frames, expected.stems, audio
+    )
 
 
 def list_audio(folder: Path) -> dict[str, os.DirEntry[str]]:
@@ -121,16 +123,16 @@ def _check_missing(folder: Path, entries: dict[str, os.DirEntry[str]], expected:
         )
 
 
-def _open(entry: os.DirEntry[str], expected: Expected, headers: HeaderCache) -> AudioFile:
+def _open(entry: os.DirEntry[str], rate: int | None, headers: HeaderCache) -> AudioFile:
     try:
         file = headers.open(entry)
     except FileNotFoundError as error:  # a dangling link
         raise InputError(f"{entry.path} is a link to a file that is not there") from error
     except OSError as error:
         raise InputError(f"{entry.path} cannot be opened ({error.strerror})") from error
-    if file.sample_rate != expected.sample_rate:
+    if rate is not None and file.sample_rate != rate:
         raise InputError(
-            f"{entry.path} has {file.sample_rate} Hz, expected {expected.sample_rate}: resample"
-            " the data set ahead (python -m training.data.prepare ROOT)"
+            f"{entry.path} has {file.sample_rate} Hz, expected {rate}: resample the data set ahead"
+            " (python -m training.data.prepare ROOT)"
         )
     return file

@@ -41,21 +41,37 @@ def copy_path(cache: Path, root: Path, path: Path) -> Path:
     return copies_folder(cache) / path.parent.relative_to(root) / track_name(path)
 
 
-def find_copy(caches: Sequence[Path], root: Path, path: Path, sample_rate: int) -> Path | None:
-    """The folder of a copy that is true to the track at `path`; None where there is none."""
+def find_copy(
+    caches: Sequence[Path], root: Path, path: Path, sample_rate: int, form: str | None = None
+) -> Path | None:
+    """The folder of a copy that is true to the track at `path`; None where there is none.
+
+    Args:
+        caches: the cache folders of the data root.
+        root: the data root.
+        path: of the track in it.
+        sample_rate: of the copy, in Hz.
+        form: "wav", "flac" or "npy", None for any.
+    """
     for cache in caches:
         folder = copy_path(cache, root, path)
         try:
             source = json.loads((folder / _SOURCE).read_text(encoding="utf-8"))
-            is_current = source["files"] == _stamps(path) and source["sample_rate"] == sample_rate
+            is_true = source["files"] == _stamps(path)
+            fits = source["sample_rate"] == sample_rate and form in (None, source["format"])
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s is damaged (%s) and not used", folder, error)
             continue
-        if is_current:
+        if not is_true:
+            logger.warning(
+                "%s has changed since it was copied, and its copy is not used:"
+                " python -m training.data.prepare makes a new one",
+                path,
+            )
+        elif fits:
             return folder
-        logger.warning("%s has changed since it was prepared: prepare the data set again", path)
     return None
 
 
@@ -73,7 +89,8 @@ def write_copy(track: Track, path: Path, folder: Path, sample_rate: int, form: s
         The number of samples beyond full scale, which 16 bits had to clip.
 
     Raises:
-        InputError: the track cannot be read, or the disk is full.
+        CorruptAudioError: the track cannot be read.
+        InputError: the copy cannot be written.
     """
     clipped = 0
     stamps = _stamps(path)
@@ -81,7 +98,7 @@ def write_copy(track: Track, path: Path, folder: Path, sample_rate: int, form: s
         shutil.rmtree(folder, ignore_errors=True)
         with whole_folder(folder) as temporary:
             for stem in (*track.stems, MIXTURE):
-                if stem == MIXTURE or track.file(stem) is not None:
+                if track.file(stem) is not None:
                     audio, over = _to_int16(track.read(stem), track.sample_rate, sample_rate)
                     _write(temporary / stem, audio, sample_rate, form)
                     clipped += over

@@ -30,6 +30,7 @@ __all__ = [
     "Split",
     "Track",
     "open_dataset",
+    "open_track",
     "open_tracks",
 ]
 
@@ -111,21 +112,32 @@ def open_tracks(
     headers: HeaderCache,
     need_mixture: bool = False,
 ) -> tuple[list[Track], list[str]]:
-    """Open tracks of a root at `paths`: those that are sound, and what is wrong with the others."""
+    """Open the tracks at `paths`, or their copies where these are true.
+
+    Returns:
+        The sound tracks, and what is wrong with the others.
+    """
     with_copies = [cache for cache in headers.folders if copies_folder(cache).is_dir()]
     tracks: list[Track] = []
     broken: list[str] = []
     for path in paths:
         try:
-            copy = find_copy(with_copies, root, path, expected.sample_rate)
-            if copy or path.is_dir():
-                folder = copy or path
-                tracks.append(open_folder(root, folder, expected, headers, need_mixture))
-            else:
-                tracks.append(open_stem_file(root, path, expected.sample_rate))
+            copy = None
+            if with_copies and expected.sample_rate is not None:
+                copy = find_copy(with_copies, root, path, expected.sample_rate)
+            tracks.append(open_track(root, copy or path, expected, headers, need_mixture))
         except InputError as error:
             broken.append(str(error))
     return tracks, broken
+
+
+def open_track(
+    root: Path, path: Path, expected: Expected, headers: HeaderCache, need_mixture: bool = False
+) -> Track:
+    """Open a track folder or a `.stem.mp4`; raises InputError, naming the file and the remedy."""
+    if path.is_dir():
+        return open_folder(root, path, expected, headers, need_mixture)
+    return open_stem_file(root, path, expected.sample_rate)
 
 
 def _report(where: str, broken: list[str]) -> str:

@@ -58,9 +58,7 @@ def select(root: Path, subset: str, split: Split) -> list[Path]:
     """
     if subset not in SUBSETS:
         raise InputError(f"unknown subset '{subset}': choose one of {', '.join(SUBSETS)}")
-    if not root.is_dir():
-        reason = "is a file" if root.exists() else "does not exist"
-        raise InputError(f"data root {root} {reason}: name the folder that holds train/ and test/")
+    _check_root(root)
     is_split = any((root / name).is_dir() for name in SUBSETS)
     if is_split and (subset == "test" or (root / "valid").is_dir()):
         return _list_subset(root, subset)
@@ -75,9 +73,28 @@ def select(root: Path, subset: str, split: Split) -> list[Path]:
     return [path for path in everything if path not in valid]
 
 
+def list_everything(root: Path) -> dict[str, list[Path]]:
+    """Subset -> the paths of its tracks, for the folders a root has; "train" where it has none.
+
+    Raises:
+        InputError: `root` is no data root.
+    """
+    _check_root(root)
+    subsets = [subset for subset in SUBSETS if (root / subset).is_dir()]
+    if not subsets:
+        return {"train": _list_flat(root)}
+    return {subset: _list_subset(root, subset) for subset in subsets}
+
+
 def track_name(path: Path) -> str:
     """Name of the track in a folder or a `.stem.mp4`."""
     return path.name.removesuffix(SUFFIX)
+
+
+def _check_root(root: Path) -> None:
+    if not root.is_dir():
+        reason = "is a file" if root.exists() else "does not exist"
+        raise InputError(f"data root {root} {reason}: name the folder that holds train/ and test/")
 
 
 def _choose_valid(everything: list[Path], split: Split) -> set[Path]:

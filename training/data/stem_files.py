@@ -74,11 +74,12 @@ class StemFileTrack:
         return np.ascontiguousarray(padded.T)
 
 
-def open_stem_file(root: Path, path: Path, sample_rate: int) -> StemFileTrack:
+def open_stem_file(root: Path, path: Path, sample_rate: int | None) -> StemFileTrack:
     """Open a track of the data root `root` by its container's header.
 
     Raises:
-        InputError: ffmpeg is missing, or the file is not five stereo streams at `sample_rate`.
+        InputError: ffmpeg is missing, or the file is not five stereo streams at `sample_rate`
+            (None for any).
     """
     multitrack = _probe(path)
     info = multitrack.info
@@ -88,17 +89,18 @@ def open_stem_file(root: Path, path: Path, sample_rate: int) -> StemFileTrack:
             f"{path} has {streams} audio streams of {info.channels_streams} channels, expected"
             f" {len(_STREAMS)} stereo ones ({', '.join(_STREAMS)}): restore the original file"
         )
-    if multitrack.rate != sample_rate:
+    rate = int(multitrack.rate)
+    if sample_rate not in (None, rate):
         raise InputError(
-            f"{path} has {multitrack.rate} Hz, expected {sample_rate}: resample the data set ahead"
+            f"{path} has {rate} Hz, expected {sample_rate}: resample the data set ahead"
             " (python -m training.data.prepare ROOT)"
         )
     name = path.name.removesuffix(SUFFIX)
     frames = min(info.nb_samples_streams)
     status = path.stat()
     stamp = (status.st_size, status.st_mtime_ns)
-    container = AudioFile(str(path), *stamp, frames, sample_rate, AUDIO_CHANNELS, "AAC")
-    return StemFileTrack(name, root, path, sample_rate, frames, container)
+    container = AudioFile(str(path), *stamp, frames, rate, AUDIO_CHANNELS, "AAC")
+    return StemFileTrack(name, root, path, rate, frames, container)
 
 
 def require_ffmpeg() -> None:

@@ -35,12 +35,12 @@ class Expected:
     """What every track of a data set must be.
 
     Attributes:
-        sample_rate: in Hz.
+        sample_rate: in Hz; None takes every track at its own rate.
         stems: the sources that sum to the mixture.
         missing_stems: whether a track without one of them is an error or has silence there.
     """
 
-    sample_rate: int = 44_100
+    sample_rate: int | None = 44_100
     stems: tuple[str, ...] = STEMS
     missing_stems: MissingStems = "error"
 
