@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from models.errors import InputError
 from training.config import Config
 from training.data.activity import ActivityIndex, build_activity_index
 from training.data.augment import Augmentation
+from training.data.cache import HeaderCache
 from training.data.mixing import (
     AlignedSegments,
     Example,
@@ -52,6 +54,7 @@ def prepare_indices(config: Config, folder: RunFolder) -> dict[str, Indexed]:
         InputError: a data set is missing or broken; all its broken tracks in one message.
     """
     data = config.data
+    headers: dict[Path, HeaderCache] = {}
     tracks = {
         subset: open_dataset(
             data.roots,
@@ -62,21 +65,24 @@ def prepare_indices(config: Config, folder: RunFolder) -> dict[str, Indexed]:
             split=Split(data.valid_tracks, data.valid_fraction),
             cache_dir=data.cache_dir,
             skip_broken=data.skip_broken,
-            keep_headers=True,
+            headers=headers,
         )
         for subset in ("train", "valid")
     }
     _warn_of_shared_names(tracks)
     # Nothing is written before the data set is known to be sound.
     folder.create()
-    prepared = {}
-    for subset, members in tracks.items():
-        where = ", ".join(map(str, data.roots))
-        logger.info("%s: %d tracks in %s", subset, len(members), where)
-        frames = config.segment_frames
-        index = build_activity_index(members, data.stems, frames, data.cache_dir)
-        prepared[subset] = Indexed(members, index)
-    return prepared
+    for known in headers.values():
+        known.save()
+    train, valid = tracks["train"], tracks["valid"]
+    where = ", ".join(map(str, data.roots))
+    logger.info("%d tracks to train on and %d to validate on in %s", len(train), len(valid), where)
+    both = [*train, *valid]
+    index = build_activity_index(both, data.stems, config.segment_frames, data.cache_dir)
+    return {
+        "train": Indexed(train, index.part(0, len(train))),
+        "valid": Indexed(valid, index.part(len(train), len(both))),
+    }
 
 
 class Loaders:
@@ -128,7 +134,7 @@ class Loaders:
         )
         self.segments = AlignedSegments(valid.tracks, valid.index, stem_names, data.valid_segments)
         self.waited = 0.0
-        self._unindexed = len(train.index.broken) + len(valid.index.broken)
+        self._unindexed = len(train.index.broken)  # of both
         self._validation: DataLoader | None = None
 
     def training(self, start: int) -> Iterator[Example]:

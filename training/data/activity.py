@@ -19,6 +19,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from training.data.activity_cache import Activity, load_activity, save_activity
+from training.data.audio_files import AudioFile
 from training.data.cache import cache_folders, locked, write_first
 from training.data.parallel import in_threads
 from training.data.track import CorruptAudioError, Track
@@ -29,8 +30,8 @@ _SILENT_RMS = 1e-5
 _CHUNKS = 10
 _PIECE_FRAMES = 2**20  # of a file that is read piece by piece
 
-# A stem to search: its track, its name, and the stamp (size, time) of its file.
-Job = tuple[Track, str, tuple[int, int]]
+# A stem to search: its track, its name and its file.
+Job = tuple[Track, str, AudioFile]
 # Where its windows go: the number of the track in the list, and the stem.
 Place = tuple[int, str]
 
@@ -117,6 +118,17 @@ class ActivityIndex:
     windows: dict[str, np.ndarray]
     broken: dict[str, str] = field(default_factory=dict)
 
+    def part(self, first: int, stop: int) -> ActivityIndex:
+        """The index of the tracks from number `first` to below `stop`, as a list of their own.
+
+        `broken` stays that of all.
+        """
+        windows = {}
+        for stem, rows in self.windows.items():
+            inside = rows[(first <= rows[:, 0]) & (rows[:, 0] < stop)]
+            windows[stem] = inside - np.array([first, 0])
+        return ActivityIndex(self.segment_frames, windows, self.broken)
+
 
 def build_activity_index(
     tracks: Sequence[Track],
@@ -142,7 +154,7 @@ def build_activity_index(
     for root in dict.fromkeys(track.root for track in tracks):
         numbers = [number for number, track in enumerate(tracks) if track.root == root]
         jobs = {
-            (number, stem): (tracks[number], stem, (file.size, file.modified))
+            (number, stem): (tracks[number], stem, file)
             for number in numbers
             for stem in stems
             if (file := tracks[number].file(stem)) is not None
@@ -165,7 +177,12 @@ def _find(
     """The activity of the stems of one data root, from its cache where that is true."""
     folders = cache_folders(root, cache_dir)
     name = f"activity_{segment_frames}.npz"
-    keys = {place: _key(root, track, stem) for place, (track, stem, _) in jobs.items()}
+    # Names relative to the root, so that a data set can move.
+    prefix = os.path.join(root, "")  # noqa: PTH118 (texts: there are many)
+    keys = {
+        (number, stem): f"{file.path.removeprefix(prefix)}#{stem}"
+        for (number, stem), (_, _, file) in jobs.items()
+    }
     with locked(folders):
         known: dict[str, Activity] = {}
         for folder in reversed(folders):
@@ -173,7 +190,7 @@ def _find(
         new = {
             keys[place]: job
             for place, job in jobs.items()
-            if keys[place] not in known or known[keys[place]].stamp != job[2]
+            if keys[place] not in known or known[keys[place]].stamp != _stamp(job)
         }
         if new:
             try:
@@ -188,7 +205,7 @@ def _find(
 
 
 def _search(job: Job, segment_frames: int) -> Activity:
-    track, stem, stamp = job
+    track, stem, _ = job
     hop = max(1, segment_frames // 2)
     block = _block(segment_frames, hop, _CHUNKS)
     # Whole blocks at a time: a song of an hour would fill the memory.
@@ -199,9 +216,15 @@ def _search(job: Job, segment_frames: int) -> Activity:
             for start in range(0, track.frames, piece)
         ]
     except CorruptAudioError as error:
-        return Activity(stamp, np.empty(0, np.int64), str(error).removeprefix(str(error.path)))
+        return Activity(
+            _stamp(job), np.empty(0, np.int64), str(error).removeprefix(str(error.path))
+        )
     starts = _decide(np.concatenate(energy, axis=-1), segment_frames, hop)
-    return Activity(stamp, np.array(starts, np.int64))
+    return Activity(_stamp(job), np.array(starts, np.int64))
+
+
+def _stamp(job: Job) -> tuple[int, int]:
+    return job[2].size, job[2].modified
 
 
 def _rows(found: dict[Place, Activity], stem: str) -> np.ndarray:
@@ -212,13 +235,6 @@ def _rows(found: dict[Place, Activity], stem: str) -> np.ndarray:
     rows[:, 0] = np.repeat(np.array(list(starts), np.int64), counts)
     rows[:, 1] = np.concatenate([*starts.values(), np.empty(0, np.int64)])
     return rows
-
-
-def _key(root: Path, track: Track, stem: str) -> str:
-    """A name in the cache; relative to the root, so that a data set can move."""
-    file = track.file(stem)
-    assert file is not None  # only stems with a file are searched
-    return f"{file.path.removeprefix(os.path.join(root, ''))}#{stem}"  # noqa: PTH118
 
 
 def _forget_deleted(root: Path, known: dict[str, Activity], keep: set[str]) -> None:

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 FOLDER = ".bsmamba2"
 _HEADERS = "headers.json"
 _FORMAT = 1
+_COLUMNS = 6  # of a row: the fields of AudioFile after its path
 
 
 def cache_folders(root: Path, cache_dir: Path | None = None) -> list[Path]:
@@ -109,7 +110,7 @@ class HeaderCache:
         key = entry.path.removeprefix(self._prefix)
         stamp = [status.st_size, status.st_mtime_ns]
         row = self._known.get(key)
-        if row is not None and row[:2] == stamp:
+        if row is not None and row[:2] == stamp and len(row) == _COLUMNS:
             return AudioFile(entry.path, *row)
         file = read_header(entry.path, *stamp)
         self._known[key] = [
@@ -131,10 +132,7 @@ def _load(path: Path) -> dict[str, list]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
             return {}
-        for row in content["files"].values():
-            if len(row) != 6 or not all(type(value) is int for value in row[:5]):
-                raise ValueError(f"row {row}")
-        return content["files"]
+        return dict(content["files"])
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

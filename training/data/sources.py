@@ -49,7 +49,7 @@ def open_dataset(
     split: Split | None = None,
     cache_dir: Path | None = None,
     skip_broken: bool = False,
-    keep_headers: bool = False,
+    headers: dict[Path, HeaderCache] | None = None,
 ) -> list[Track]:
     """The tracks of a subset, root after root and sorted by name, opened by their headers alone.
 
@@ -64,7 +64,7 @@ def open_dataset(
         split: how to choose validation tracks where there is no folder `valid`.
         cache_dir: where headers and prepared copies are kept; None for beside the data.
         skip_broken: log broken tracks by name and go on with the others.
-        keep_headers: write what was read to the cache, so that a large set opens faster next time.
+        headers: those known by root, to share between calls and to save; filled where empty.
 
     Raises:
         InputError: no such folder, no tracks, or broken tracks, all of them in one message.
@@ -72,15 +72,15 @@ def open_dataset(
     roots = [roots] if isinstance(roots, Path) else list(roots)
     expected = Expected(sample_rate, stems, missing_stems)
     split = split or Split()
+    headers = {} if headers is None else headers
     tracks: list[Track] = []
     broken: list[str] = []
     known: set[str] = set()
     for root in roots:
         paths = select(root, subset, split)
-        headers = HeaderCache(root, cache_folders(root, cache_dir))
-        opened, reasons = open_tracks(root, paths, expected, headers, subset == "test")
-        if keep_headers:
-            headers.save()
+        if root not in headers:
+            headers[root] = HeaderCache(root, cache_folders(root, cache_dir))
+        opened, reasons = open_tracks(root, paths, expected, headers[root], subset == "test")
         tracks += opened
         broken += reasons
         known |= {track_name(path) for path in paths}

@@ -345,13 +345,17 @@ def test_headers_are_read_once_until_a_file_changes(root: Path, monkeypatch) -> 
         return original(path, size, modified)
 
     monkeypatch.setattr(cache, "read_header", noted)
-    first = open_dataset(root, "train", keep_headers=True)
+    headers: dict[Path, cache.HeaderCache] = {}
+    first = open_dataset(root, "train", headers=headers)
+    headers[root].save()
     assert len(read) == 15
     assert open_dataset(root, "train") == first
     assert len(read) == 15
     rewrite(root / "train" / "song 1" / "bass.wav", "PCM_24")
     assert open_dataset(root, "train")[1].audio["bass"].subtype == "PCM_24"
     assert read[15:] == ["bass.wav"]
+    open_dataset(root, "valid", headers=headers)
+    assert len(read) == 21
     for damage in ("", "{", '{"format": 1, "files": {"train/song 1/bass.wav": [1]}}', "[]"):
         (root / FOLDER / "headers.json").write_text(damage)
         assert open_dataset(root, "train")[0] == first[0]
