@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -25,8 +25,7 @@ _INT16_SCALE = np.float32(2.0**-15)
 _FLOAT_SUBTYPES = ("FLOAT", "DOUBLE")
 
 
-@dataclass(frozen=True, slots=True)
-class AudioFile:
+class AudioFile(NamedTuple):  # a tuple: there may be tens of thousands
     """What the header of a file says, and what tells whether the file has changed since.
 
     Attributes:
@@ -106,25 +105,25 @@ def read_frames(file: AudioFile, start: int, frames: int) -> np.ndarray:
 
 
 def _read_raw(file: AudioFile, start: int, frames: int, dtype: str) -> np.ndarray:
+    """Samples [t, c] as they lie in the file; fewer than `frames` where it is cut."""
     try:
         if file.path.endswith(ARRAY_SUFFIX):
             return np.load(file.path, mmap_mode="r")[start : start + frames]
         with soundfile.SoundFile(file.path) as opened:
             found = (opened.samplerate, opened.channels, opened.subtype)
-            if found != (file.sample_rate, file.channels, file.subtype):
-                raise CorruptAudioError(
-                    f"{file.path} is now {found[0]} Hz, {found[1]} channel(s), {found[2]}: it was"
-                    " replaced since it was opened",
-                    Path(file.path),
-                )
             opened.seek(min(start, opened.frames))
-            return opened.read(frames, dtype=dtype, always_2d=True)
+            audio = opened.read(frames, dtype=dtype, always_2d=True)
     except (soundfile.LibsndfileError, OSError, ValueError) as error:
-        if isinstance(error, CorruptAudioError):
-            raise
         gone = not os.path.exists(file.path)  # noqa: PTH110 (a text path)
         reason = "has disappeared" if gone else f"cannot be read ({error})"
         raise CorruptAudioError(f"{file.path} {reason}", Path(file.path)) from error
+    if found != (file.sample_rate, file.channels, file.subtype):
+        raise CorruptAudioError(
+            f"{file.path} is now {found[0]} Hz, {found[1]} channel(s), {found[2]}: it was replaced"
+            " since it was opened",
+            Path(file.path),
+        )
+    return audio
 
 
 def _read_array_header(path: str, size: int, modified: int) -> AudioFile:
