@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,22 @@ class Indexed:
     index: ActivityIndex
 
 
+def open_subset(config: Config, subset: str, headers: dict[Path, HeaderCache]) -> list[Track]:
+    """The tracks of "train", "valid" or "test" as the configuration asks; see `open_dataset`."""
+    data = config.data
+    return open_dataset(
+        data.roots,
+        subset,
+        sample_rate=config.model.sample_rate,
+        stems=data.stems,
+        missing_stems=data.missing_stems,
+        split=Split(data.valid_tracks, data.valid_fraction),
+        cache_dir=data.cache_dir,
+        skip_broken=data.skip_broken,
+        headers=headers,
+    )
+
+
 def prepare_indices(config: Config, folder: RunFolder) -> dict[str, Indexed]:
     """Open the data roots, and find the active windows where the cache lacks them.
 
@@ -53,28 +69,15 @@ def prepare_indices(config: Config, folder: RunFolder) -> dict[str, Indexed]:
     Raises:
         InputError: a data set is missing or broken; all its broken tracks in one message.
     """
-    data = config.data
     headers: dict[Path, HeaderCache] = {}
-    tracks = {
-        subset: open_dataset(
-            data.roots,
-            subset,
-            sample_rate=config.model.sample_rate,
-            stems=data.stems,
-            missing_stems=data.missing_stems,
-            split=Split(data.valid_tracks, data.valid_fraction),
-            cache_dir=data.cache_dir,
-            skip_broken=data.skip_broken,
-            headers=headers,
-        )
-        for subset in ("train", "valid")
-    }
+    tracks = {subset: open_subset(config, subset, headers) for subset in ("train", "valid")}
     _warn_of_shared_names(tracks)
     # Nothing is written before the data set is known to be sound.
     folder.create()
     for known in headers.values():
         known.save()
     train, valid = tracks["train"], tracks["valid"]
+    data = config.data
     where = ", ".join(map(str, data.roots))
     logger.info("%d tracks to train on and %d to validate on in %s", len(train), len(valid), where)
     both = [*train, *valid]
@@ -83,6 +86,23 @@ def prepare_indices(config: Config, folder: RunFolder) -> dict[str, Indexed]:
         "train": Indexed(train, index.part(0, len(train))),
         "valid": Indexed(valid, index.part(len(train), len(both))),
     }
+
+
+def make_mixes(config: Config, tracks: Sequence[Track], index: ActivityIndex) -> RandomMixes:
+    """The training examples of a run by number, as the configuration mixes them."""
+    data = config.data
+    return RandomMixes(
+        tracks,
+        index,
+        config.model.stem_names,
+        seed=config.training.seed,
+        silent_prob=data.silent_prob,
+        gain=(data.gain_min, data.gain_max),
+        augmentation=Augmentation(
+            **{field.name: getattr(data, field.name) for field in fields(Augmentation)}
+        ),
+        max_failed_share=data.max_failed_share,
+    )
 
 
 class Loaders:
@@ -111,27 +131,7 @@ class Loaders:
         data, stem_names = config.data, config.model.stem_names
         prepared = prepare_indices(config, folder)
         train, valid = prepared["train"], prepared["valid"]
-        self.mixes = RandomMixes(
-            train.tracks,
-            train.index,
-            stem_names,
-            seed=config.training.seed,
-            silent_prob=data.silent_prob,
-            gain=(data.gain_min, data.gain_max),
-            augmentation=Augmentation(
-                channel_swap_prob=data.channel_swap_prob,
-                polarity_prob=data.polarity_prob,
-                same_stem_prob=data.same_stem_prob,
-                time_shift_prob=data.time_shift_prob,
-                time_shift_seconds=data.time_shift_seconds,
-                pitch_prob=data.pitch_prob,
-                pitch_semitones=data.pitch_semitones,
-                tempo_prob=data.tempo_prob,
-                tempo_min=data.tempo_min,
-                tempo_max=data.tempo_max,
-            ),
-            max_failed_share=data.max_failed_share,
-        )
+        self.mixes = make_mixes(config, train.tracks, train.index)
         self.segments = AlignedSegments(valid.tracks, valid.index, stem_names, data.valid_segments)
         self.waited = 0.0
         self._unindexed = len(train.index.broken)  # of both
