@@ -25,13 +25,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing.managers import ListProxy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from models.errors import run_command
+from models.errors import InputError, run_command
 from models.files import write_text
 from training.config import Config, parse_config
 from training.data.activity import build_activity_index
@@ -49,7 +52,8 @@ BATCH = 5  # of configs/bsmamba2.yaml
 SEGMENT_SECONDS = 8
 SAMPLE_RATE = 44_100
 STEP_SECONDS = 0.2  # of a training step of 5 segments on a modern GPU
-GIB, MIB = 2**30, 2**20
+WARM_UP = 4  # batches until the workers are under way
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class MusdbMixes(Dataset[Example]):
 
 def examples_per_second(batches: Iterator[Example], seconds: float) -> float:
     """Rate at which a consumer that does nothing else gets examples."""
-    for _ in range(4):  # the workers have started
+    for _ in range(WARM_UP):
         next(batches)
     count, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
@@ -97,10 +101,8 @@ def examples_per_second(batches: Iterator[Example], seconds: float) -> float:
 
 def measure_loading(folder: Path, workers: int, seconds: float) -> Iterator[Result]:
     """Examples a second by format, and by musdb."""
-    from training.data.synthetic import write_synthetic  # with scipy, which training lacks
-
     root = folder / "set"
-    write_synthetic(root, tracks=8, seconds=60)
+    in_a_process(write_songs, root, 8, 60)
     rates = {}
     for form, goal in (("wav", "60"), ("flac", "25"), ("npy", "")):
         cache = folder / f"cache_{form}"
@@ -126,7 +128,7 @@ def measure_loading(folder: Path, workers: int, seconds: float) -> Iterator[Resu
 def waiting_share(loaders: Loaders, steps: int) -> float:
     """Share of the time that a consumer waits which is busy elsewhere for each step."""
     batches = taken_ahead(loaders.training(0))
-    for _ in range(4):
+    for _ in range(WARM_UP):
         next(batches)
     waited, began = 0.0, time.perf_counter()
     for _ in range(steps):
@@ -217,11 +219,9 @@ def worker_memory() -> list[tuple[int, int]]:
 
 def four_minute_tracks(folder: Path, tracks: int) -> Path:
     """A data root of `tracks` tracks that are hard links to three songs."""
-    from training.data.synthetic import write_synthetic
-
     songs = folder / "songs"
     if not songs.exists():
-        write_synthetic(songs, tracks=4, seconds=240)
+        in_a_process(write_songs, songs, 4, 240)
     sources = sorted((songs / "train").iterdir())
     root = folder / f"linked_{tracks}"
     for number in range(tracks):
@@ -231,6 +231,28 @@ def four_minute_tracks(folder: Path, tracks: int) -> Path:
             source = sources[number % len(sources)] / f"{stem}.wav"
             (target / f"{stem}.wav").hardlink_to(source)
     return root
+
+
+def write_songs(root: Path, tracks: int, seconds: float) -> None:
+    from training.data.synthetic import write_synthetic
+
+    write_synthetic(root, tracks=tracks, seconds=seconds)
+
+
+def in_a_process(work: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a process of its own: what it imports counts in no worker's memory."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise InputError("the benchmark stopped early: see above")
+
+
+def measure(part: Callable[[], Iterator[Result]], results: ListProxy[Result]) -> None:
+    """Print the results of a part as they come, and append them to a shared list."""
+    for result in part():
+        results.append(result)
+        print(format_result(result), flush=True)
 
 
 def make_config(root: Path, run: Path, workers: int, cache: Path | None = None) -> Config:
@@ -295,19 +317,22 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     logging.getLogger("training").setLevel(logging.WARNING)
     torch.set_num_threads(1)
-    parts: dict[str, Callable[[Path], Iterator[Result]]] = {
-        "loading": lambda folder: measure_loading(folder, args.workers, args.seconds),
-        "index": lambda folder: measure_index(folder, args.index_tracks),
-        "opening": lambda folder: measure_opening(folder, args.open_tracks, args.workers),
-    }
     about = machine()
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    results = []
-    with tempfile.TemporaryDirectory(dir=args.folder, prefix="data_benchmark_") as temporary:
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    with (
+        tempfile.TemporaryDirectory(dir=args.folder, prefix="data_benchmark_") as temporary,
+        multiprocessing.Manager() as manager,
+    ):
+        folder = Path(temporary)
+        parts: dict[str, Callable[[], Iterator[Result]]] = {
+            "loading": partial(measure_loading, folder, args.workers, args.seconds),
+            "index": partial(measure_index, folder, args.index_tracks),
+            "opening": partial(measure_opening, folder, args.open_tracks, args.workers),
+        }
+        shared = manager.list()
         for part in args.parts:
-            for result in parts[part](Path(temporary)):
-                results.append(result)
-                print(format_result(result), flush=True)
+            in_a_process(measure, parts[part], shared)
+        results = list(shared)
     if args.json:
         report = {"machine": about, "results": [asdict(result) for result in results]}
         write_text(args.json, json.dumps(report, indent=2) + "\n")

@@ -26,14 +26,12 @@ def short_songs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     write = synthetic.write_synthetic
 
-    def short(out: Path, tracks: int, seconds: float) -> None:
-        write(out, 3 if tracks == 4 else 4, 9)
-
-    monkeypatch.setattr(synthetic, "write_synthetic", short)
+    # The benchmark forks, so that its processes have this too.
+    monkeypatch.setattr(synthetic, "write_synthetic", lambda out, **_: write(out, 3, 9))
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
-def test_index_and_opening_are_measured(tmp_path: Path, short_songs, capsys) -> None:
+def test_index_and_opening_are_measured(tmp_path: Path, short_songs, capfd) -> None:
     report = tmp_path / "report.json"
     words = ["--parts", "index", "opening", "--index-tracks", "3", "--open-tracks", "12"]
     words += ["--workers", "1", "--folder", str(tmp_path), "--json", str(report)]
@@ -46,7 +44,7 @@ def test_index_and_opening_are_measured(tmp_path: Path, short_songs, capsys) -> 
     assert results["active windows found"]["value"] <= 3 * 4
     assert results["resident memory of a worker"]["value"] > 50
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
-    assert "goal: 400" in capsys.readouterr().out
+    assert "goal: 400" in capfd.readouterr().out
 
 
 @pytest.mark.slow
@@ -54,6 +52,7 @@ def test_index_and_opening_are_measured(tmp_path: Path, short_songs, capsys) -> 
 def test_loading_is_measured_beside_musdb(tmp_path: Path, short_songs, monkeypatch) -> None:
     pytest.importorskip("musdb")
     monkeypatch.setattr(benchmark, "BATCH", 1)
+    monkeypatch.setattr(benchmark, "WARM_UP", 1)
     report = tmp_path / "report.json"
     words = ["--parts", "loading", "--workers", "1", "--seconds", "0.2"]
     assert benchmark.main([*words, "--folder", str(tmp_path), "--json", str(report)]) == 0
