@@ -126,10 +126,11 @@ def measure_loading(folder: Path, workers: int, seconds: float) -> Iterator[Resu
 
 
 def waiting_share(loaders: Loaders, steps: int) -> float:
-    """Share of the time that a consumer waits which is busy elsewhere for each step."""
+    """Share of the time that a consumer waits, once under way, which is busy for each step."""
     batches = taken_ahead(loaders.training(0))
     for _ in range(WARM_UP):
         next(batches)
+        time.sleep(STEP_SECONDS)
     waited, began = 0.0, time.perf_counter()
     for _ in range(steps):
         asked = time.perf_counter()
