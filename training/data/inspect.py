@@ -11,6 +11,7 @@ examples, mixture and targets, as the keys of training/config.py that follow wou
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 from collections import Counter
@@ -79,29 +80,22 @@ def draw_activity(tracks: Sequence[Track], index: ActivityIndex, path: Path) -> 
     chosen = np.linspace(0, len(tracks) - 1, count).round().astype(int)
     figure = Figure(figsize=(12, 1.5 + 0.22 * count), dpi=100, layout="constrained")
     axes = figure.subplots()
+    colours = dict(zip(index.windows, itertools.cycle(_COLOURS)))  # noqa: B905 (endless)
     lane = 0.8 / len(index.windows)
     for row, number in enumerate(chosen):
         rate = tracks[number].sample_rate
         axes.barh(row, tracks[number].frames / rate, height=0.9, color="0.94")
-        for place, stem in enumerate(index.windows):
-            rows = index.windows[stem]
+        for place, (stem, rows) in enumerate(index.windows.items()):
             bars = _spans(rows[rows[:, 0] == number, 1], index.segment_frames, rate)
-            y = row - 0.4 + place * lane
-            axes.broken_barh(bars, (y, 0.9 * lane), color=_COLOURS[place % len(_COLOURS)])
-    axes.set_yticks(range(count), [tracks[number].name[:40] for number in chosen], fontsize=7)
-    axes.set_ylim(count - 0.5, -0.5)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("time [s]")
+            axes.broken_barh(bars, (row - 0.4 + place * lane, 0.9 * lane), color=colours[stem])
+    # Text between two dollar signs would be read as a formula.
+    names = [tracks[number].name[:40].replace("$", r"\$") for number in chosen]
+    axes.set_yticks(range(count), names, fontsize=7)
+    axes.set(xlabel="time [s]", xlim=(0, None), ylim=(count - 0.5, -0.5))
     title = f"active {index.segment_frames / tracks[0].sample_rate:g} s windows"
     axes.set_title(title + (f", {count} of {len(tracks)} tracks" if count < len(tracks) else ""))
-    axes.legend(
-        handles=[
-            Patch(color=_COLOURS[place % len(_COLOURS)], label=stem)
-            for place, stem in enumerate(index.windows)
-        ],
-        loc="upper left",
-        bbox_to_anchor=(1, 1),
-    )
+    patches = [Patch(color=colour, label=stem) for stem, colour in colours.items()]
+    axes.legend(handles=patches, loc="upper left", bbox_to_anchor=(1, 1))
     try:
         with whole_file(path) as temporary:
             figure.savefig(temporary)

@@ -75,15 +75,11 @@ def prepare(
     paths = [path for members in subsets.values() for path in members]
     with locked(headers.folders):
         copied, unreadable = _copy(root, paths, expected, headers, form, copy_all)
-    tracks: list[Track] = []
-    to_index: list[Track] = []
-    broken: list[str] = []
-    for subset, members in subsets.items():
-        opened, reasons = open_tracks(root, members, expected, headers)
-        tracks += opened
-        to_index += opened if subset != "test" else []
-        broken += reasons
+    opened = {name: open_tracks(root, paths, expected, headers) for name, paths in subsets.items()}
     headers.save()
+    tracks = [track for found, _ in opened.values() for track in found]
+    broken = [reason for _, reasons in opened.values() for reason in reasons]
+    to_index = [track for name, (found, _) in opened.items() if name != "test" for track in found]
     index = build_activity_index(to_index, expected.stems, segment_frames, cache_dir)
     # A damaged .stem.mp4 opens well: the copy failed, and the index fails on it again.
     damaged = index.broken | unreadable

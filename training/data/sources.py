@@ -70,38 +70,21 @@ def open_dataset(
         InputError: no such folder, no tracks, or broken tracks, all of them in one message.
     """
     roots = [roots] if isinstance(roots, Path) else list(roots)
-    expected = Expected(sample_rate, stems, missing_stems)
     split = split or Split()
     headers = {} if headers is None else headers
+    selected = {root: select(root, subset, split) for root in roots}
+    if subset == "valid":
+        _check_names(split, selected)
+    expected = Expected(sample_rate, stems, missing_stems)
     tracks: list[Track] = []
     broken: list[str] = []
-    known: set[str] = set()
-    for root in roots:
-        paths = select(root, subset, split)
+    for root, paths in selected.items():
         if root not in headers:
             headers[root] = HeaderCache(root, cache_folders(root, cache_dir))
         opened, reasons = open_tracks(root, paths, expected, headers[root], subset == "test")
         tracks += opened
         broken += reasons
-        known |= {track_name(path) for path in paths}
-    unknown = sorted(set(split.valid_tracks) - known) if subset == "valid" else []
-    if unknown:
-        raise InputError(
-            f"data.valid_tracks: no track '{unknown[0]}' in {' or '.join(map(str, roots))}"
-        )
-    where = " and ".join(map(str, roots))
-    if broken and not skip_broken:
-        raise InputError(_report(where, broken))
-    for message in broken:
-        logger.warning("track skipped: %s", message)
-    if not tracks and broken:
-        raise InputError(f"data root {where}: every track of '{subset}' is broken: {broken[0]}")
-    if not tracks:
-        raise InputError(
-            f"data root {where} has no track left to {'train' if subset == 'train' else subset}"
-            f" on: add tracks, a folder 'valid' beside 'train', or change data.valid_tracks or"
-            " data.valid_fraction"
-        )
+    _check_opened(" and ".join(map(str, roots)), subset, tracks, broken, skip_broken)
     return tracks
 
 
@@ -138,6 +121,32 @@ def open_track(
     if path.is_dir():
         return open_folder(root, path, expected, headers, need_mixture)
     return open_stem_file(root, path, expected.sample_rate)
+
+
+def _check_names(split: Split, selected: dict[Path, list[Path]]) -> None:
+    known = {track_name(path) for paths in selected.values() for path in paths}
+    unknown = sorted(set(split.valid_tracks) - known)
+    if unknown:
+        raise InputError(
+            f"data.valid_tracks: no track '{unknown[0]}' in {' or '.join(map(str, selected))}"
+        )
+
+
+def _check_opened(
+    where: str, subset: str, tracks: list[Track], broken: list[str], skip_broken: bool
+) -> None:
+    """Raise or warn of broken tracks, and raise where no track is left."""
+    if broken and not skip_broken:
+        raise InputError(_report(where, broken))
+    for message in broken:
+        logger.warning("track skipped: %s", message)
+    if not tracks and broken:
+        raise InputError(f"data root {where}: every track of '{subset}' is broken: {broken[0]}")
+    if not tracks:
+        raise InputError(
+            f"data root {where} has no track left for '{subset}': add tracks, a folder 'valid'"
+            " beside 'train', or change data.valid_tracks or data.valid_fraction"
+        )
 
 
 def _report(where: str, broken: list[str]) -> str:

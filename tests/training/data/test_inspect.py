@@ -21,7 +21,7 @@ def root(tmp_path: Path, make_folder_track) -> Path:
     quiet = np.random.default_rng(5).integers(-4000, 4000, (2 * RATE, 2))
     quiet[RATE:] = 0
     make_folder_track(root / "train" / "a", seconds=2, vocals=quiet)
-    make_folder_track(root / "train" / "b", seconds=2, seed=1)
+    make_folder_track(root / "train" / "b$x $y", seconds=2, seed=1)
     make_folder_track(root / "train" / "c", seconds=2, seed=2)
     make_folder_track(root / "test" / "d", seconds=2, seed=3)
     return root
@@ -32,7 +32,7 @@ def words(root: Path, *more: str) -> list[str]:
 
 
 def test_report_counts_what_is_there(root: Path, capsys) -> None:
-    soundfile.write(root / "train" / "b" / "bass.wav", np.zeros(2 * RATE), RATE, "PCM_24")
+    soundfile.write(root / "train" / "b$x $y" / "bass.wav", np.zeros(2 * RATE), RATE, "PCM_24")
     assert main(words(root)) == 0
     out = capsys.readouterr().out
     assert f"{root}: 4 tracks, 0.00 h, 0 broken" in out
@@ -47,7 +47,7 @@ def test_report_counts_what_is_there(root: Path, capsys) -> None:
 
 def test_everything_broken_is_listed_with_its_reason(root: Path, capsys) -> None:
     (root / "train" / "a" / "bass.wav").unlink()
-    soundfile.write(root / "train" / "b" / "drums.wav", np.zeros((96_000, 2)), 48_000)
+    soundfile.write(root / "train" / "b$x $y" / "drums.wav", np.zeros((96_000, 2)), 48_000)
     (root / "test" / "d" / "mixture.wav").unlink()
     cut = root / "train" / "c" / "other.wav"
     assert main(words(root)) == 0
@@ -57,7 +57,7 @@ def test_everything_broken_is_listed_with_its_reason(root: Path, capsys) -> None
     assert len(broken) == 3
     for name, reason in (
         ("a/bass.wav", "missing"),
-        ("b/drums.wav", "48000 Hz"),
+        ("b$x $y/drums.wav", "48000 Hz"),
         ("d/mixture.wav", "missing"),
     ):
         assert any(name in line and reason in line for line in broken)

@@ -181,7 +181,7 @@ def test_roots_without_tracks(tmp_path: Path, make_folder_track) -> None:
     with pytest.raises(InputError, match="train holds no tracks: expected train/<track>/vocals"):
         open_dataset(tmp_path, "train")
     make_folder_track(tmp_path / "train" / "only one")
-    with pytest.raises(InputError, match="no track left to train on"):
+    with pytest.raises(InputError, match="no track left for .train.: add tracks"):
         open_dataset(tmp_path, "train")
     with pytest.raises(InputError, match="unknown subset 'dev'"):
         open_dataset(tmp_path, "dev")
@@ -314,7 +314,7 @@ def test_tracks_in_the_root_itself(tmp_path: Path, make_folder_track) -> None:
     assert chosen(valid_tracks=("song 2", "song 5")) == ["song 2", "song 5"]
     with pytest.raises(InputError, match="data.valid_tracks: no track 'song x' in"):
         chosen(valid_tracks=("song 2", "song x"))
-    with pytest.raises(InputError, match="no track left to valid"):
+    with pytest.raises(InputError, match="no track left for .valid.: add tracks"):
         chosen(valid_fraction=0.0)
 
 
