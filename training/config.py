@@ -30,7 +30,7 @@ from pydantic_core import ErrorDetails
 
 from models import BSMamba2Config
 from models.errors import InputError
-from training.data.sources import STEMS
+from training.data.track import STEMS, MissingStems
 
 
 def _device(name: str) -> str:
@@ -40,6 +40,7 @@ def _device(name: str) -> str:
 
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
@@ -53,9 +54,22 @@ class DataSection(Section):
     """Where the examples come from and how they are mixed (recipe of arXiv 2508.14556)."""
 
     root: UserPath
-    """Data set in MUSDB18-HQ layout: root/train/TRACK/{vocals,drums,bass,other}.wav."""
+    """Data set: root/{train,test}/TRACK/{vocals,drums,bass,other}.wav (or .flac; or MUSDB18's
+    .stem.mp4), or root/TRACK/... with all tracks for training and validation."""
+    extra_roots: tuple[UserPath, ...] = ()
+    """Further data sets, in either layout, whose tracks join those of root."""
     stems: tuple[str, ...] = STEMS
     """Stems that sum to the mixture; the targets among them are model.stem_names."""
+    missing_stems: MissingStems = "error"
+    """Whether a track without one of the stems is an error or has silence there."""
+    skip_broken: bool = False
+    """Leave broken tracks out, with a warning, instead of stopping."""
+    valid_tracks: tuple[str, ...] = ()
+    """Names of the validation tracks of roots without a folder valid; empty: MUSDB18's own."""
+    valid_fraction: Fraction = 0.1
+    """Share of a root's tracks to validate on, the last by name, where nothing names them."""
+    cache_dir: UserPath | None = None
+    """Folder of activity indices and prepared copies; null: beside the data, in ROOT/.bsmamba2."""
     segment_seconds: PositiveFloat = 8.0
     """Length of one example, in seconds."""
     silent_prob: Fraction = 0.1
@@ -64,10 +78,39 @@ class DataSection(Section):
     """Lower end of the random linear gain of each stem."""
     gain_max: PositiveFloat = 1.5
     """Upper end of the random linear gain of each stem."""
+    channel_swap_prob: Probability = 0.0
+    """Probability, for each stem of an example, of left and right exchanged."""
+    polarity_prob: Probability = 0.0
+    """Probability, for each stem of an example, of an inverted sign."""
+    same_stem_prob: Probability = 0.0
+    """Probability of a second stem of the same kind on top, and then of a third."""
+    time_shift_prob: Probability = 0.0
+    """Probability that a stem starts elsewhere than at its active window."""
+    time_shift_seconds: PositiveFloat = 2.0
+    """Furthest such shift either way, in seconds."""
+    pitch_prob: Probability = 0.0
+    """Probability of another pitch (needs python-stretch; 0.15 s of a core for 8 s)."""
+    pitch_semitones: PositiveFloat = 2.0
+    """Furthest move of the pitch either way, in semitones."""
+    tempo_prob: Probability = 0.0
+    """Probability of another tempo at the same pitch (needs python-stretch)."""
+    tempo_min: Annotated[float, Field(ge=0.5, le=1)] = 0.9
+    """Slowest tempo, as a factor."""
+    tempo_max: Annotated[float, Field(ge=1, le=2)] = 1.1
+    """Fastest tempo, as a factor."""
     num_workers: NonNegativeInt = 4
     """Processes that read audio; 0 reads in the training process."""
+    prefetch: PositiveInt = 2
+    """Batches that each of them keeps ready."""
+    max_failed_share: Fraction = 0.05
+    """Stop when more than this share of the latest reads failed."""
     valid_segments: PositiveInt = 200
     """Most segments to validate on: the same ones every time, spread over the tracks."""
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """All data roots."""
+        return (self.root, *self.extra_roots)
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:

@@ -4,20 +4,105 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Subset, default_collate
 
 from models.errors import InputError
 from training.config import Config
-from training.data.activity import build_activity_index
-from training.data.mixing import AlignedSegments, Example, ExampleCounter, RandomMixes
-from training.data.sources import open_dataset
+from training.data.activity import ActivityIndex, build_activity_index
+from training.data.augment import Augmentation
+from training.data.cache import HeaderCache
+from training.data.mixing import (
+    AlignedSegments,
+    Example,
+    ExampleCounter,
+    RandomMixes,
+    collate_readable,
+)
+from training.data.sources import Split, Track, open_dataset
 from training.run_folder import RunFolder
 from training.signals import ignore_interrupts
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """The tracks of a subset and where in them each stem is active."""
+
+    tracks: Sequence[Track]
+    index: ActivityIndex
+
+
+def open_subset(config: Config, subset: str, headers: dict[Path, HeaderCache]) -> list[Track]:
+    """The tracks of "train", "valid" or "test" as the configuration asks; see `open_dataset`."""
+    data = config.data
+    return open_dataset(
+        data.roots,
+        subset,
+        sample_rate=config.model.sample_rate,
+        stems=data.stems,
+        missing_stems=data.missing_stems,
+        split=Split(data.valid_tracks, data.valid_fraction),
+        cache_dir=data.cache_dir,
+        skip_broken=data.skip_broken,
+        headers=headers,
+    )
+
+
+def prepare_indices(config: Config, folder: RunFolder) -> dict[str, Indexed]:
+    """Open the data roots, and find the active windows where the cache lacks them.
+
+    Every rank may call it at any time: the activity index of a data root is built under a file lock
+    by whoever comes first, and the others wait and then read it. Call it before a process group
+    with a timeout exists, for a large data set takes minutes.
+
+    Returns:
+        "train" and "valid", with tracks and windows in the same order on every rank.
+
+    Raises:
+        InputError: a data set is missing or broken; all its broken tracks in one message.
+    """
+    headers: dict[Path, HeaderCache] = {}
+    tracks = {subset: open_subset(config, subset, headers) for subset in ("train", "valid")}
+    _warn_of_shared_names(tracks)
+    # Nothing is written before the data set is known to be sound.
+    folder.create()
+    for known in headers.values():
+        known.save()
+    train, valid = tracks["train"], tracks["valid"]
+    data = config.data
+    where = ", ".join(map(str, data.roots))
+    logger.info("%d tracks to train on and %d to validate on in %s", len(train), len(valid), where)
+    both = [*train, *valid]
+    index = build_activity_index(both, data.stems, config.segment_frames, data.cache_dir)
+    return {
+        "train": Indexed(train, index.part(0, len(train))),
+        "valid": Indexed(valid, index.part(len(train), len(both))),
+    }
+
+
+def make_mixes(config: Config, tracks: Sequence[Track], index: ActivityIndex) -> RandomMixes:
+    """The training examples of a run by number, as the configuration mixes them."""
+    data = config.data
+    return RandomMixes(
+        tracks,
+        index,
+        config.model.stem_names,
+        seed=config.training.seed,
+        silent_prob=data.silent_prob,
+        gain=(data.gain_min, data.gain_max),
+        augmentation=Augmentation(
+            **{field.name: getattr(data, field.name) for field in fields(Augmentation)}
+        ),
+        max_failed_share=data.max_failed_share,
+    )
 
 
 class Loaders:
@@ -25,7 +110,14 @@ class Loaders:
 
     Args:
         config: the whole configuration.
-        folder: receives the activity index.
+        folder: the run's, made once the data set is known to be sound.
+        rank: number of this process; each gives other examples.
+        world_size: number of processes.
+
+    Attributes:
+        mixes: the training examples by number.
+        segments: the validation segments of all ranks.
+        waited: seconds that `training` has waited for batches.
 
     Raises:
         InputError: the data set is missing, broken, or has nothing to train or validate on.
@@ -34,74 +126,99 @@ class Loaders:
     def __init__(
         self, config: Config, folder: RunFolder, rank: int = 0, world_size: int = 1
     ) -> None:
-        self.config, self.rank, self.world_size = config, rank, world_size
-        data, model = config.data, config.model
-        tracks = {
-            subset: open_dataset(data.root, subset, sample_rate=model.sample_rate, stems=data.stems)
-            for subset in ("train", "valid")
-        }
-        # Nothing is written before the data set is known to be sound.
-        folder.create()
-        indices = {}
-        for subset, members in tracks.items():
-            logger.info("%s: %d tracks in %s", subset, len(members), data.root)
-            cache = folder.root / "cache" / f"activity_{subset}.json"
-            frames = config.segment_frames
-            indices[subset] = build_activity_index(members, data.stems, frames, cache)
-        self.mixes = RandomMixes(
-            tracks["train"],
-            indices["train"],
-            model.stem_names,
-            seed=config.training.seed,
-            silent_prob=data.silent_prob,
-            gain=(data.gain_min, data.gain_max),
-        )
-        self.segments = AlignedSegments(
-            tracks["valid"], indices["valid"], model.stem_names, data.valid_segments
-        )
+        self.config = config
+        self.rank, self.world_size = rank, world_size
+        data, stem_names = config.data, config.model.stem_names
+        prepared = prepare_indices(config, folder)
+        train, valid = prepared["train"], prepared["valid"]
+        self.mixes = make_mixes(config, train.tracks, train.index)
+        self.segments = AlignedSegments(valid.tracks, valid.index, stem_names, data.valid_segments)
+        self.waited = 0.0
+        self._unindexed = len(train.index.broken)  # of both
+        self._validation: DataLoader | None = None
 
     def active_windows(self) -> int:
         """How many segments of the training set hold an active target stem."""
         windows = self.mixes.windows
         return sum(len(windows[stem]) for stem in self.config.model.stem_names)
 
+    def step(self, start: int, count: int) -> Iterator[Example]:
+        """This rank's batches of the `count` examples from number `start` on, drawn again."""
+        numbers = ExampleCounter(start, start + count, self.rank, self.world_size)
+        for members in BatchSampler(numbers, self.config.training.batch_size, drop_last=False):
+            yield default_collate([self.mixes[number] for number in members])
+
     def training(self, start: int) -> Iterator[Example]:
-        """Training batches from the example number `start` on, without end."""
-        workers = self.config.data.num_workers
-        loader = DataLoader(
-            self.mixes,
+        """Training batches of this rank from the example number `start` on, without end.
+
+        Args:
+            start: examples that all ranks together have consumed before.
+        """
+        sampler = ExampleCounter(start, rank=self.rank, world_size=self.world_size)
+        batches = plain_errors(self._loader(self.mixes, sampler=sampler))
+        while True:
+            began = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - began
+            yield batch
+
+    def validation(self) -> Iterable[Example]:
+        """The validation segments of this rank (rank, rank + world_size, ...), in order.
+
+        A rank may have none. A segment that can no longer be read is left out with a warning.
+
+        Raises:
+            InputError: none of them can be read.
+        """
+        if self._validation is None:
+            mine = range(self.rank, len(self.segments), self.world_size)
+            workers = min(self.config.data.num_workers, len(mine))
+            self._validation = self._loader(
+                Subset(self.segments, mine),
+                num_workers=workers,
+                collate_fn=collate_readable,
+                persistent_workers=workers > 0,
+            )
+        is_empty = True
+        for batch in plain_errors(self._validation):
+            if batch is not None:
+                is_empty = False
+                yield batch
+        if is_empty and self.rank < len(self.segments):
+            raise InputError("no validation segment can be read any more: check data.root")
+
+    def read_failures(self) -> dict[str, float]:
+        """What could not be read so far, for the log of a training step.
+
+        Returns:
+            data/broken_files: stems left out when the activity index was built, or failed since.
+            data/failed_reads: failed reads of training data in this process and its workers.
+            data/failed_share: their share of all reads.
+            data/lost_valid_segments: validation segments left out the last time.
+        """
+        failures = self.mixes.failures
+        return {
+            "data/broken_files": float(self._unindexed + int(self.mixes.broken.sum())),
+            "data/failed_reads": float(failures.failed),
+            "data/failed_share": failures.failed_share,
+            "data/lost_valid_segments": float(self.segments.unreadable.sum()),
+        }
+
+    def _loader(self, dataset: Any, **options: Any) -> DataLoader:
+        workers = options.setdefault("num_workers", self.config.data.num_workers)
+        return DataLoader(
+            dataset,
             batch_size=self.config.training.batch_size,
-            sampler=ExampleCounter(start, None, self.rank, self.world_size),
-            num_workers=workers,
+            prefetch_factor=self.config.data.prefetch if workers else None,
             worker_init_fn=ignore_interrupts,
             pin_memory=torch.cuda.is_available(),
             # A loader draws a seed for its workers, which must not move the global generator.
             generator=torch.Generator(),
+            **options,
         )
-        return plain_errors(loader)
-
-    def step(self, start: int, count: int) -> Iterator[Example]:
-        """This rank's batches of the `count` examples from number `start` on, drawn again."""
-        numbers = ExampleCounter(start, start + count, self.rank, self.world_size)
-        batches = BatchSampler(numbers, self.config.training.batch_size, drop_last=False)
-        for members in batches:
-            yield default_collate([self.mixes[number] for number in members])
-
-    def validation(self) -> Iterable[Example]:
-        """This rank's validation segments, in order: every `world_size`-th from `rank` on."""
-        loader = DataLoader(
-            self.segments,
-            batch_size=self.config.training.batch_size,
-            sampler=range(self.rank, len(self.segments), self.world_size),
-            num_workers=self.config.data.num_workers,
-            worker_init_fn=ignore_interrupts,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),
-        )
-        return plain_errors(loader)
 
 
-def plain_errors(batches: Iterable[Example]) -> Iterator[Example]:
+def plain_errors(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches, with an InputError of a worker in its own words.
 
     The DataLoader puts the worker's traceback in front of them.
@@ -111,3 +228,16 @@ def plain_errors(batches: Iterable[Example]) -> Iterator[Example]:
     except InputError as error:
         last = str(error).strip().splitlines()[-1]
         raise InputError(re.sub(r"^[\w.]*Error: ", "", last)) from error
+
+
+def _warn_of_shared_names(tracks: dict[str, list[Track]]) -> None:
+    """Two data sets may hold the same song, and one of them validates on it."""
+    names = {subset: {track.name for track in members} for subset, members in tracks.items()}
+    shared = sorted(names["train"] & names["valid"])
+    if shared:
+        logger.warning(
+            "%d name(s) both in train and in valid (%s): if they are the same songs, the"
+            " validation scores are too good; name them in data.valid_tracks",
+            len(shared),
+            ", ".join(shared[:5]),
+        )

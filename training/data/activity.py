@@ -7,33 +7,40 @@ louder than a threshold that follows the window's own level and never falls belo
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from tqdm import tqdm
 
-from models.errors import InputError
-from models.files import write_text
+from training.data.activity_cache import Activity, load_activity, save_activity
+from training.data.audio_files import AudioFile
+from training.data.cache import cache_folders, locked, write_first
+from training.data.parallel import in_threads
 from training.data.track import CorruptAudioError, Track
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
 _SILENT_RMS = 1e-5
+_CHUNKS = 10
+_PIECE_FRAMES = 2**20  # of a file that is read piece by piece
+
+# A stem to search: its track, its name and its file.
+Job = tuple[Track, str, AudioFile]
+# Where its windows go: the number of the track in the list, and the stem.
+Place = tuple[int, str]
 
 
 def active_windows(
     audio: np.ndarray,
     window: int,
     hop: int,
-    chunks: int = 10,
+    chunks: int = _CHUNKS,
     quantile: float = 0.15,
     floor: float = 1e-3,
     active_share: float = 0.5,
@@ -50,26 +57,47 @@ def active_windows(
         floor: but at least this RMS.
         active_share: more than this share of the chunks must exceed the threshold.
     """
-    rms = _chunk_rms(audio, window, hop, chunks)  # c window chunk
+    energy = _block_energy(audio, _block(window, hop, chunks))
+    return _decide(energy, window, hop, chunks, quantile, floor, active_share)
+
+
+def _decide(
+    energy: np.ndarray,
+    window: int,
+    hop: int,
+    chunks: int = _CHUNKS,
+    quantile: float = 0.15,
+    floor: float = 1e-3,
+    active_share: float = 0.5,
+) -> list[int]:
+    """`active_windows` from the energies of its blocks, [c, block]."""
+    rms = _chunk_rms(energy, window, hop, chunks)  # c window chunk
     threshold = np.maximum(np.quantile(rms, quantile, axis=-1, keepdims=True), floor)
     loud_chunks = (rms > threshold).sum(axis=-1)  # c window
     active = (loud_chunks > active_share * chunks).all(axis=0)
     return [int(number) * hop for number in np.flatnonzero(active)]
 
 
-def _chunk_rms(audio: np.ndarray, window: int, hop: int, chunks: int) -> np.ndarray:
-    """RMS of every chunk of every window, [c, window, chunk], silence counted as 1e-5."""
-    chunk = window // chunks
-    if chunk < 1 or hop < 1:
+def _block(window: int, hop: int, chunks: int) -> int:
+    """Samples of a block. Overlapping windows share blocks, so squares are summed once."""
+    if window < chunks or hop < 1:
         raise ValueError(f"window {window} and hop {hop} leave no {chunks} chunks")
-    windows = max(0, (audio.shape[-1] - window) // hop + 1)
-    # Overlapping windows share blocks: sum the squares once, over the largest common block.
-    block = math.gcd(chunk, hop)
-    usable = audio.shape[-1] // block
-    blocks = audio[:, : usable * block].reshape(audio.shape[0], usable, block)
-    energy = np.einsum("cnb,cnb->cn", blocks, blocks, dtype=np.float64)
+    return math.gcd(window // chunks, hop)
+
+
+def _block_energy(audio: np.ndarray, block: int) -> np.ndarray:
+    """[c, t] -> sum of squares of every whole block, float64 [c, block]."""
+    count = audio.shape[-1] // block
+    blocks = audio[:, : count * block].reshape(audio.shape[0], count, block)
+    return np.einsum("cnb,cnb->cn", blocks, blocks, dtype=np.float64)
+
+
+def _chunk_rms(energy: np.ndarray, window: int, hop: int, chunks: int) -> np.ndarray:
+    """RMS of every chunk of every window, [c, window, chunk], silence counted as 1e-5."""
+    chunk, block = window // chunks, _block(window, hop, chunks)
+    windows = max(0, (energy.shape[-1] * block - window) // hop + 1)
     if windows == 0:
-        return np.empty((audio.shape[0], 0, chunks))
+        return np.empty((energy.shape[0], 0, chunks))
     starts = hop * np.arange(windows)[:, None] + chunk * np.arange(chunks)  # window chunk
     chunk_energy = sliding_window_view(energy, chunk // block, axis=-1)[:, starts // block].sum(-1)
     rms = np.sqrt(chunk_energy / chunk)
@@ -90,84 +118,126 @@ class ActivityIndex:
     windows: dict[str, np.ndarray]
     broken: dict[str, str] = field(default_factory=dict)
 
+    def part(self, first: int, stop: int) -> ActivityIndex:
+        """The index of the tracks from number `first` to below `stop`, as a list of their own.
+
+        `broken` stays that of all.
+        """
+        windows = {}
+        for stem, rows in self.windows.items():
+            inside = rows[(first <= rows[:, 0]) & (rows[:, 0] < stop)]
+            windows[stem] = inside - np.array([first, 0])
+        return ActivityIndex(self.segment_frames, windows, self.broken)
+
 
 def build_activity_index(
     tracks: Sequence[Track],
     stems: Sequence[str],
     segment_frames: int,
-    cache_path: Path | None = None,
+    cache_dir: Path | None = None,
 ) -> ActivityIndex:
-    """Find the active windows of every stem, or take them from `cache_path` when still true.
+    """Find the active windows of every stem, or take from the cache those that are still true.
 
-    The windows are half a segment apart. A file that cannot be read is reported once by name and
-    gets no windows. The cache is JSON with a fingerprint of the tracks (names, sizes, times): where
-    it does not match, or is no longer readable, the index is built and written anew.
+    The windows are half a segment apart. The cache lies beside the data (see `cache_folders`) and
+    holds the size and time of every file: only files that are new or changed are read, several at
+    once. Of several processes that ask for the index of a data root at the same time, one builds
+    it and the others wait for it. A file that cannot be read is reported once by name and gets no
+    windows; it is tried again the next time.
+
+    Args:
+        tracks: of one data root or of several.
+        stems: those to find the windows of.
+        segment_frames: length of a window in samples.
+        cache_dir: as for `cache_folders`.
     """
-    fingerprint = _fingerprint(tracks, stems, segment_frames)
-    index = _load(cache_path, fingerprint) if cache_path else None
-    if index is None:
-        index = _scan(tracks, stems, segment_frames)
-        if cache_path:
-            _save(cache_path, fingerprint, index)
-    for reason in index.broken.values():
+    found: dict[Place, Activity] = {}
+    for root in dict.fromkeys(track.root for track in tracks):
+        numbers = [number for number, track in enumerate(tracks) if track.root == root]
+        jobs = {
+            (number, stem): (tracks[number], stem, file)
+            for number in numbers
+            for stem in stems
+            if (file := tracks[number].file(stem)) is not None
+        }
+        found |= _find(root, jobs, segment_frames, cache_dir)
+    broken = {}
+    for (number, stem), activity in found.items():
+        file = tracks[number].file(stem)
+        if activity.reason and file is not None:
+            broken[file.path] = file.path + activity.reason
+    for reason in broken.values():
         logger.warning("file skipped: %s", reason)
-    return index
-
-
-def _scan(tracks: Sequence[Track], stems: Sequence[str], segment_frames: int) -> ActivityIndex:
-    rows: dict[str, list[tuple[int, int]]] = {stem: [] for stem in stems}
-    broken: dict[str, str] = {}
-    hop = max(1, segment_frames // 2)
-    for number, track in enumerate(tqdm(tracks, desc="activity", unit="track", disable=None)):
-        for stem in stems:
-            try:
-                starts = active_windows(track.read(stem), segment_frames, hop)
-            except CorruptAudioError as error:
-                broken[str(error.path)] = str(error)
-                continue
-            rows[stem].extend((number, start) for start in starts)
-    windows = {stem: np.array(found, np.int64).reshape(-1, 2) for stem, found in rows.items()}
+    windows = {stem: _rows(found, stem) for stem in stems}
     return ActivityIndex(segment_frames, windows, broken)
 
 
-def _fingerprint(tracks: Sequence[Track], stems: Sequence[str], segment_frames: int) -> str:
-    """A digest of everything the index depends on, without reading any audio."""
-    listing: list[object] = [_FORMAT, list(stems), segment_frames]
-    for track in tracks:
-        listing.append([track.name, track.frames, track.sample_rate])
-        for path in track.files:
-            try:
-                status = path.stat()
-            except FileNotFoundError as error:
-                raise InputError(f"{path} has disappeared: restore it") from error
-            listing.append([path.name, status.st_size, status.st_mtime_ns])
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-
-
-def _save(path: Path, fingerprint: str, index: ActivityIndex) -> None:
-    content = {
-        "fingerprint": fingerprint,
-        "segment_frames": index.segment_frames,
-        "windows": {stem: rows.tolist() for stem, rows in index.windows.items()},
-        "broken": index.broken,
+def _find(
+    root: Path, jobs: dict[Place, Job], segment_frames: int, cache_dir: Path | None
+) -> dict[Place, Activity]:
+    """The activity of the stems of one data root, from its cache where that is true."""
+    folders = cache_folders(root, cache_dir)
+    name = f"activity_{segment_frames}.npz"
+    # Names relative to the root, so that a data set can move.
+    prefix = os.path.join(root, "")  # noqa: PTH118 (texts: there are many)
+    keys = {
+        (number, stem): f"{file.path.removeprefix(prefix)}#{stem}"
+        for (number, stem), (_, _, file) in jobs.items()
     }
-    write_text(path, json.dumps(content))
-
-
-def _load(path: Path, fingerprint: str) -> ActivityIndex | None:
-    """The index in a cache file, None when it is absent, of other data, or damaged."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["fingerprint"] != fingerprint:
-            logger.info("data changed since %s was written: building the index anew", path)
-            return None
-        windows = {
-            stem: np.array(rows, np.int64).reshape(-1, 2)
-            for stem, rows in content["windows"].items()
+    with locked(folders):
+        known: dict[str, Activity] = {}
+        for folder in reversed(folders):
+            known |= load_activity(folder / name, segment_frames)
+        new = {
+            keys[place]: job
+            for place, job in jobs.items()
+            if keys[place] not in known or known[keys[place]].stamp != _stamp(job)
         }
-        return ActivityIndex(content["segment_frames"], windows, content["broken"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("activity index %s is damaged (%s): building it anew", path, error)
-        return None
+        if new:
+            try:
+                work = partial(_search, segment_frames=segment_frames)
+                for key, activity in in_threads(work, new, name="activity", unit="stem"):
+                    known[key] = activity
+            finally:  # an interrupted search goes on where it was
+                _forget_deleted(root, known, keep=set(keys.values()))
+                sound = {key: activity for key, activity in known.items() if not activity.reason}
+                write_first(folders, name, lambda path: save_activity(path, segment_frames, sound))
+    return {place: known[key] for place, key in keys.items()}
+
+
+def _search(job: Job, segment_frames: int) -> Activity:
+    track, stem, _ = job
+    hop = max(1, segment_frames // 2)
+    block = _block(segment_frames, hop, _CHUNKS)
+    # Whole blocks at a time: a song of an hour would fill the memory.
+    piece = max(1, _PIECE_FRAMES // block) * block if track.is_seekable else track.frames
+    try:
+        energy = [
+            _block_energy(track.read(stem, start, min(piece, track.frames - start)), block)
+            for start in range(0, track.frames, piece)
+        ]
+    except CorruptAudioError as error:
+        return Activity(
+            _stamp(job), np.empty(0, np.int64), str(error).removeprefix(str(error.path))
+        )
+    starts = _decide(np.concatenate(energy, axis=-1), segment_frames, hop)
+    return Activity(_stamp(job), np.array(starts, np.int64))
+
+
+def _stamp(job: Job) -> tuple[int, int]:
+    return job[2].size, job[2].modified
+
+
+def _rows(found: dict[Place, Activity], stem: str) -> np.ndarray:
+    """The windows of a stem in all tracks, int64 [window, 2]."""
+    starts = {number: activity.starts for (number, name), activity in found.items() if name == stem}
+    counts = [len(of_track) for of_track in starts.values()]
+    rows = np.empty((sum(counts), 2), np.int64)
+    rows[:, 0] = np.repeat(np.array(list(starts), np.int64), counts)
+    rows[:, 1] = np.concatenate([*starts.values(), np.empty(0, np.int64)])
+    return rows
+
+
+def _forget_deleted(root: Path, known: dict[str, Activity], keep: set[str]) -> None:
+    for key in known.keys() - keep:
+        if not (root / key.rpartition("#")[0]).exists():
+            del known[key]

@@ -36,7 +36,7 @@ def write_excerpt(out: Path, sample_rate: int = 44_100) -> Path:
     folder = out / "test" / source.name.removesuffix(SUFFIX)
     if folder.is_dir():
         return folder
-    track = open_stem_file(source, sample_rate)
+    track = open_stem_file(source.parent, source, sample_rate)
     with whole_folder(folder) as temporary:
         for stem in (*track.stems, MIXTURE):
             path = temporary / f"{stem}.wav"

@@ -1,116 +1,138 @@
-"""MUSDB18-HQ layout: one folder a track, one wav file a stem."""
+"""A track as a folder of stems: `<track>/<stem>.wav` or `.flac`, as in MUSDB18-HQ."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 
 from models.errors import InputError
-from training.data.track import AUDIO_CHANNELS, MIXTURE, STEMS, CorruptAudioError, check_range
+from training.data.audio_files import ARRAY_SUFFIX, SUFFIXES, AudioFile, read_frames
+from training.data.cache import HeaderCache
+from training.data.track import AUDIO_CHANNELS, MIXTURE, Expected, check_range
 
 
 @dataclass(frozen=True)
 class FolderTrack:
-    """A folder of `<stem>.wav` files; without `mixture.wav` the mixture is the sum of the stems."""
+    """A folder of one file a stem.
+
+    Without a file `mixture` the mixture is the sum of the stems. A stem in `stems` without a file
+    is silent.
+    """
 
     name: str
+    root: Path
     folder: Path
     sample_rate: int
     frames: int
     stems: tuple[str, ...]
-    has_mixture: bool
+    audio: dict[str, AudioFile]
 
     @property
     def files(self) -> tuple[Path, ...]:
-        names = (*self.stems, MIXTURE) if self.has_mixture else self.stems
-        return tuple(stem_path(self.folder, name) for name in names)
+        return tuple(Path(file.path) for file in self.audio.values())
+
+    @property
+    def is_seekable(self) -> bool:
+        return True
+
+    def file(self, stem: str) -> AudioFile | None:
+        """See `Track.file`."""
+        return self.audio.get(stem)
 
     def read(self, stem: str, start: int = 0, frames: int | None = None) -> np.ndarray:
         """See `Track.read`: float32 [c, t]."""
         count = check_range(self, start, frames)
-        if stem == MIXTURE and not self.has_mixture:
-            mixture = np.zeros((AUDIO_CHANNELS, count), dtype=np.float32)
-            for name in self.stems:
-                mixture += self.read(name, start, count)
-            return mixture
-        return _read_wav(stem_path(self.folder, stem), start, count)
-
-
-def stem_path(folder: Path, stem: str) -> Path:
-    """Where a stem of the track in `folder` lies."""
-    return folder / f"{stem}.wav"
+        if stem in self.audio:
+            return read_frames(self.audio[stem], start, count)
+        silence = np.zeros((AUDIO_CHANNELS, count), dtype=np.float32)
+        if stem != MIXTURE:
+            return silence
+        return sum((self.read(name, start, count) for name in self.stems), start=silence)
 
 
 def open_folder(
-    folder: Path,
-    sample_rate: int,
-    stems: tuple[str, ...] = STEMS,
-    need_mixture: bool = False,
+    root: Path, folder: Path, expected: Expected, headers: HeaderCache, need_mixture: bool = False
 ) -> FolderTrack:
     """Open a track by its headers alone.
 
+    Args:
+        root: the data root it belongs to.
+        folder: where its files lie.
+        expected: its stems and rate.
+        headers: those known from before.
+        need_mixture: refuse a track without a file `mixture`.
+
     Raises:
-        InputError: a stem is missing, cannot be read, is not stereo at `sample_rate`, or differs in
-            length from the others; the message names the file and the remedy.
+        InputError: a stem is missing, cannot be read, is not mono or stereo at the expected rate,
+            or differs in length from the others; the message names the file and the remedy.
     """
-    has_mixture = stem_path(folder, MIXTURE).is_file()
-    if need_mixture and not has_mixture:
-        raise InputError(f"{stem_path(folder, MIXTURE)} is missing: add it")
-    lengths: dict[str, int] = {}
-    for name in (*stems, MIXTURE) if has_mixture else stems:
-        lengths[name] = _check_header(stem_path(folder, name), sample_rate)
-    frames = lengths[stems[0]]
-    for name, length in lengths.items():
-        if length != frames:
+    entries = list_audio(folder)
+    if MIXTURE not in entries and need_mixture:
+        raise InputError(f"{folder / MIXTURE}.wav is missing: add it")
+    _check_missing(folder, entries, expected)
+    audio: dict[str, AudioFile] = {}
+    rate = expected.sample_rate
+    for name in (*expected.stems, MIXTURE):
+        if name in entries:
+            audio[name] = _open(entries[name], rate, headers)
+            rate = rate or audio[name].sample_rate
+    first, *others = audio.values()
+    for file in others:
+        if file.frames != first.frames:
             raise InputError(
-                f"{stem_path(folder, name)} has {length} samples but {stems[0]}.wav has {frames}:"
-                " cut or pad the stems of a track to one length"
+                f"{file.path} has {file.frames} samples but {Path(first.path).name} has"
+                f" {first.frames}: cut or pad the stems of a track to one length"
             )
-    return FolderTrack(folder.name, folder, sample_rate, frames, stems, has_mixture)
+    return FolderTrack(
+        folder.name, root, folder, first.sample_rate, first.frames, expected.stems, audio
+    )
 
 
-def _check_header(path: Path, sample_rate: int) -> int:
-    """The length in samples of a file fit for use."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing: add it (a wav of zeros where the stem is silent)")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty (0 bytes): restore it from the original")
+def list_audio(folder: Path) -> dict[str, os.DirEntry[str]]:
+    """Stem -> its file, for every audio file in a folder; arrays before wav before flac."""
+    found: dict[str, dict[str, os.DirEntry[str]]] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            stem, dot, suffix = entry.name.rpartition(".")
+            # A Mac leaves "._vocals.wav" beside the files it copies.
+            if not stem.startswith("._"):
+                found.setdefault(dot + suffix, {})[stem] = entry
+    listed: dict[str, os.DirEntry[str]] = {}
+    for suffix in reversed((ARRAY_SUFFIX, *SUFFIXES)):
+        listed.update(found.get(suffix, {}))
+    return listed
+
+
+def _check_missing(folder: Path, entries: dict[str, os.DirEntry[str]], expected: Expected) -> None:
+    missing = [stem for stem in expected.stems if stem not in entries]
+    if expected.missing_stems == "silence" and len(missing) < len(expected.stems):
+        return
+    if len(missing) == len(expected.stems):
+        there = ", ".join(sorted(entry.name for entry in entries.values())) or "no audio"
+        raise InputError(
+            f"{folder} holds none of the stems {', '.join(missing)} as wav or flac (it has"
+            f" {there[:200]}): rename its files, or name its stems in data.stems"
+        )
+    if missing:
+        raise InputError(
+            f"{folder / missing[0]}.wav is missing: add it, or where that stem is silent set"
+            " data.missing_stems=silence"
+        )
+
+
+def _open(entry: os.DirEntry[str], rate: int | None, headers: HeaderCache) -> AudioFile:
     try:
-        info = soundfile.info(str(path))
-    except soundfile.LibsndfileError as error:
+        file = headers.open(entry)
+    except FileNotFoundError as error:  # a dangling link
+        raise InputError(f"{entry.path} is a link to a file that is not there") from error
+    except OSError as error:
+        raise InputError(f"{entry.path} cannot be opened ({error.strerror})") from error
+    if rate is not None and file.sample_rate != rate:
         raise InputError(
-            f"{path} is not readable audio ({error.error_string}): restore it from the original"
-        ) from error
-    if info.frames == 0:
-        raise InputError(f"{path} holds no samples: restore it from the original")
-    if info.samplerate != sample_rate:
-        raise InputError(
-            f"{path} has {info.samplerate} Hz, expected {sample_rate}:"
-            f" resample the track (ffmpeg -i IN -ar {sample_rate} OUT)"
+            f"{entry.path} has {file.sample_rate} Hz, expected {rate}: resample the data set ahead"
+            " (python -m training.data.prepare ROOT)"
         )
-    if info.channels != AUDIO_CHANNELS:
-        raise InputError(
-            f"{path} has {info.channels} channel(s), expected stereo: convert it"
-            f" (ffmpeg -i IN -ac {AUDIO_CHANNELS} OUT)"
-        )
-    return info.frames
-
-
-def _read_wav(path: Path, start: int, frames: int) -> np.ndarray:
-    """Samples of one file, float32 [c, t], by a partial read."""
-    try:
-        audio, _ = soundfile.read(
-            str(path), frames=frames, start=start, dtype="float32", always_2d=True
-        )  # t c
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise CorruptAudioError(f"{path} cannot be read ({error})", path) from error
-    if audio.shape != (frames, AUDIO_CHANNELS):
-        raise CorruptAudioError(
-            f"{path} is cut: {frames} samples from {start} on asked, {len(audio)} there", path
-        )
-    if not np.isfinite(audio).all():
-        raise CorruptAudioError(f"{path} has NaN or infinite samples from {start} on", path)
-    return np.ascontiguousarray(audio.T)
+    return file

@@ -1,7 +1,8 @@
 """Training and validation examples: random mixes of unrelated stems, and aligned segments.
 
 The recipe of BSMamba2 (EuiYeonKim/BSMamba2@42eb8c8): every stem of a training example comes from
-a song of its own, is silenced now and then, and is scaled by a gain of its own.
+a song of its own, is silenced now and then, and is scaled by a gain of its own. What `augment.py`
+adds to it is off by default.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from models.errors import InputError
 from training.data.activity import ActivityIndex
+from training.data.augment import Augmentation
+from training.data.failures import ReadFailures
 from training.data.track import AUDIO_CHANNELS, CorruptAudioError, Track
 
 logger = logging.getLogger(__name__)
 
 Example = dict[str, torch.Tensor]
 _MAX_REDRAWS = 50
+_MAX_LAYERS = 3  # windows of one stem on top of each other
 
 
 class RandomMixes(Dataset[Example]):
@@ -40,9 +44,12 @@ class RandomMixes(Dataset[Example]):
         seed: of the whole stream.
         silent_prob: probability that a stem is all zeros.
         gain: bounds of the uniform linear gain of a stem.
+        augmentation: further changes to a stem; none by default.
+        max_failed_share: as for `ReadFailures`.
 
     Raises:
-        InputError: a stem has no active window at all, or is unknown.
+        InputError: a stem has no active window at all, or is unknown; while reading: too many
+            reads failed.
     """
 
     def __init__(
@@ -54,6 +61,8 @@ class RandomMixes(Dataset[Example]):
         seed: int,
         silent_prob: float = 0.1,
         gain: tuple[float, float] = (0.5, 1.5),
+        augmentation: Augmentation | None = None,
+        max_failed_share: float = 1.0,
     ) -> None:
         _check_index(tracks, index, target_stems, required=list(index.windows))
         self.tracks = tracks
@@ -64,34 +73,64 @@ class RandomMixes(Dataset[Example]):
         self.seed = seed
         self.silent_prob = silent_prob
         self.gain = gain
+        self.augmentation = augmentation or Augmentation()
+        self.failures = ReadFailures(max_failed_share)
         # Shared with the workers, so that a broken file is reported by one of them only.
         self.broken = torch.zeros(len(tracks), len(self.stems), dtype=torch.uint8).share_memory_()
 
     def __getitem__(self, i: int) -> Example:
-        scaled = torch.from_numpy(np.stack([self._draw(i, n) for n in range(len(self.stems))]))
+        stems = np.zeros((len(self.stems), AUDIO_CHANNELS, self.segment_frames), np.float32)
+        for number, stem in enumerate(stems):
+            self._draw(i, number, stem)
+        scaled = torch.from_numpy(stems)  # s c t
         return {"mixture": _mix(scaled), "target": scaled[self.target_numbers]}
 
-    def _draw(self, i: int, stem_number: int) -> np.ndarray:
-        """One stem of example `i`, silenced or scaled: [c, t]."""
-        # A generator per example and stem: a redraw of one stem changes no other.
-        rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, stem_number, i]))
-        gain = np.float32(rng.uniform(*self.gain))
+    def _draw(self, i: int, stem_number: int, out: np.ndarray) -> None:
+        """One stem of example `i`, scaled, into the zeros of `out` [c, t], if it is not silent."""
+        rng = self._generator(i, stem_number)
+        gain = rng.uniform(*self.gain)
         if rng.random() < self.silent_prob:
-            return np.zeros((AUDIO_CHANNELS, self.segment_frames), dtype=np.float32)
-        return gain * self._read_random_window(rng, stem_number)
+            return
+        changes = self._generator(i, stem_number, 1)
+        for layer in range(1, _MAX_LAYERS + 1):
+            self._add_window(rng, changes, stem_number, np.float32(gain), out)
+            if changes.random() >= self.augmentation.same_stem_prob:
+                return
+            rng = self._generator(i, stem_number, 1 + layer)
+            gain = rng.uniform(*self.gain)
 
-    def _read_random_window(self, rng: np.random.Generator, stem_number: int) -> np.ndarray:
+    def _generator(self, i: int, stem_number: int, purpose: int = 0) -> np.random.Generator:
+        # A generator per example and stem: a redraw of one stem changes no other. What is drawn
+        # for augmentation has others, and the plain recipe's stream stays the same.
+        counter = [0, purpose, stem_number, i]
+        return np.random.Generator(np.random.Philox(key=self.seed, counter=counter))
+
+    def _add_window(
+        self,
+        rng: np.random.Generator,
+        changes: np.random.Generator,
+        stem_number: int,
+        gain: np.float32,
+        out: np.ndarray,
+    ) -> None:
+        """Add a random active window of a stem to `out` [c, t]; where it fails, another one."""
         stem = self.stems[stem_number]
         rows = self.windows[stem]
+        change = self.augmentation.draw(changes, self.tracks[0].sample_rate)
         for _ in range(_MAX_REDRAWS):
             track_number, start = rows[rng.integers(len(rows))]
+            track = self.tracks[track_number]
+            place = change.place(int(start), self.segment_frames, track.frames)
             try:
-                return self.tracks[track_number].read(stem, int(start), self.segment_frames)
+                audio = track.read(stem, *place)
             except CorruptAudioError as error:
-                # Never remembered to skip the next read: examples would depend on their order.
-                if not self.broken[track_number, stem_number]:
-                    self.broken[track_number, stem_number] = 1
-                    logger.warning("file skipped: %s", error)
+                self.failures.failure(error, self.broken[track_number, stem_number])
+                continue
+            self.failures.succeeded()
+            audio = change.apply(audio, self.segment_frames, track.sample_rate)
+            audio *= gain
+            out += audio
+            return
         raise InputError(f"{_MAX_REDRAWS} reads of '{stem}' failed in a row: check the data root")
 
 
@@ -119,10 +158,11 @@ class ExampleCounter(Sampler[int]):
         return iter(range(first, self.stop, self.world_size))
 
 
-class AlignedSegments(Dataset[Example]):
+class AlignedSegments(Dataset[Example | None]):
     """Validation examples: segments as they lie in their songs, the same ones every time.
 
-    An example has the form of one of `RandomMixes`; its mixture is the sum of the song's stems.
+    An example has the form of one of `RandomMixes`; its mixture is the sum of the song's stems. A
+    segment that can no longer be read is None, with a warning, and marked in `unreadable`.
 
     Args:
         tracks: what `index` was built from.
@@ -152,16 +192,30 @@ class AlignedSegments(Dataset[Example]):
         self.segment_frames = index.segment_frames
         self.stems = tuple(index.windows)
         self.target_numbers = [self.stems.index(stem) for stem in target_stems]
+        self.unreadable = torch.zeros(len(windows), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return len(self.windows)
 
-    def __getitem__(self, i: int) -> Example:
+    def __getitem__(self, i: int) -> Example | None:
         track_number, start = self.windows[i]
         track = self.tracks[track_number]
-        read = [track.read(stem, int(start), self.segment_frames) for stem in self.stems]
+        try:
+            read = [track.read(stem, int(start), self.segment_frames) for stem in self.stems]
+        except CorruptAudioError as error:
+            if not self.unreadable[i]:
+                self.unreadable[i] = 1
+                logger.warning("validation goes on without a segment: %s", error)
+            return None
+        self.unreadable[i] = 0
         stems = torch.from_numpy(np.stack(read))  # s c t
         return {"mixture": _mix(stems), "target": stems[self.target_numbers]}
+
+
+def collate_readable(examples: Sequence[Example | None]) -> Example | None:
+    """A batch of the examples that could be read, None where none could."""
+    readable = [example for example in examples if example is not None]
+    return default_collate(readable) if readable else None
 
 
 def _mix(stems: torch.Tensor) -> torch.Tensor:

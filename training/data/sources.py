@@ -1,17 +1,25 @@
-"""A data set on disk -> its tracks: MUSDB18-HQ folders or MUSDB18 `.stem.mp4` files.
-
-The split is MUSDB18's: `root/train` less the 14 usual validation tracks, those 14, and `root/test`.
-"""
+"""A data set on disk -> its tracks: folders of stems, or MUSDB18 `.stem.mp4` files."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from models.errors import InputError
+from training.data.cache import HeaderCache, cache_folders
 from training.data.folders import open_folder
-from training.data.stem_files import SUFFIX, open_stem_file
-from training.data.track import MIXTURE, STEMS, CorruptAudioError, Track
+from training.data.prepared import copies_folder, find_copy
+from training.data.splits import MUSDB_VALIDATION_TRACKS, SUBSETS, Split, select, track_name
+from training.data.stem_files import open_stem_file
+from training.data.track import (
+    MIXTURE,
+    STEMS,
+    CorruptAudioError,
+    Expected,
+    MissingStems,
+    Track,
+)
 
 __all__ = [
     "MIXTURE",
@@ -19,122 +27,131 @@ __all__ = [
     "STEMS",
     "SUBSETS",
     "CorruptAudioError",
+    "Split",
     "Track",
     "open_dataset",
+    "open_track",
+    "open_tracks",
 ]
 
-SUBSETS = ("train", "valid", "test")
-# musdb 0.4 (configs/mus.yaml, validation_tracks). Listed here because importing musdb needs ffmpeg.
-MUSDB_VALIDATION_TRACKS = (
-    "Actions - One Minute Smile",
-    "Clara Berry And Wooldog - Waltz For My Victims",
-    "Johnny Lokke - Promises & Lies",
-    "Patrick Talbot - A Reason To Leave",
-    "Triviul - Angelsaint",
-    "Alexander Ross - Goodbye Bolero",
-    "Fergessen - Nos Palpitants",
-    "Leaf - Summerghost",
-    "Skelpolu - Human Mistakes",
-    "Young Griffo - Pennies",
-    "ANiMAL - Rockshow",
-    "James May - On The Line",
-    "Meaxic - Take A Step",
-    "Traffic Experiment - Sirens",
-)
-_VALID_SHARE = 0.1
 _MAX_LISTED = 20
 
 logger = logging.getLogger(__name__)
 
 
 def open_dataset(
-    root: Path,
+    roots: Path | Sequence[Path],
     subset: str,
     *,
     sample_rate: int = 44_100,
     stems: tuple[str, ...] = STEMS,
+    missing_stems: MissingStems = "error",
+    split: Split | None = None,
+    cache_dir: Path | None = None,
     skip_broken: bool = False,
+    headers: dict[Path, HeaderCache] | None = None,
 ) -> list[Track]:
-    """The tracks of a subset, sorted by name, opened by their headers alone.
+    """The tracks of a subset, root after root and sorted by name, opened by their headers alone.
 
     Args:
-        root: the folder that holds `train` and `test`, and maybe `valid`.
-        subset: "train", "valid" or "test". Without a folder `valid`, the validation tracks are
-            those of `train` that MUSDB18 names, else the last tenth (at least one) by name.
-            `train` never includes them.
+        roots: one folder or several. A root holds `train` and `test`, and maybe `valid`, with a
+            folder or a `.stem.mp4` a track; or its tracks themselves, which then train.
+        subset: "train", "valid" or "test".
         sample_rate: what every file must have, in Hz.
-        stems: what every track folder must have. `mixture.wav` may be missing in `train` and
+        stems: what every track folder must have. A file `mixture` may be missing in `train` and
             `valid`: the mixture is then the sum of the stems.
+        missing_stems: "silence" lets a track lack some of the stems.
+        split: how to choose validation tracks where there is no folder `valid`.
+        cache_dir: where headers and prepared copies are kept; None for beside the data.
         skip_broken: log broken tracks by name and go on with the others.
+        headers: those known by root, to share between calls and to save; filled where empty.
 
     Raises:
         InputError: no such folder, no tracks, or broken tracks, all of them in one message.
     """
-    if subset not in SUBSETS:
-        raise InputError(f"unknown subset '{subset}': choose one of {', '.join(SUBSETS)}")
+    roots = [roots] if isinstance(roots, Path) else list(roots)
+    split = split or Split()
+    headers = {} if headers is None else headers
+    selected = {root: select(root, subset, split) for root in roots}
+    if subset == "valid":
+        _check_names(split, selected)
+    expected = Expected(sample_rate, stems, missing_stems)
     tracks: list[Track] = []
     broken: list[str] = []
-    for path in _select(root, subset):
-        try:
-            if path.is_dir():
-                tracks.append(open_folder(path, sample_rate, stems, subset == "test"))
-            else:
-                tracks.append(open_stem_file(path, sample_rate))
-        except InputError as error:
-            broken.append(str(error))
-    if broken and not skip_broken:
-        raise InputError(_report(root, broken))
-    for message in broken:
-        logger.warning("track skipped: %s", message)
-    if not tracks:
-        raise InputError(f"data root {root}: every track of '{subset}' is broken: {broken[0]}")
+    for root, paths in selected.items():
+        if root not in headers:
+            headers[root] = HeaderCache(root, cache_folders(root, cache_dir))
+        opened, reasons = open_tracks(root, paths, expected, headers[root], subset == "test")
+        tracks += opened
+        broken += reasons
+    _check_opened(" and ".join(map(str, roots)), subset, tracks, broken, skip_broken)
     return tracks
 
 
-def _select(root: Path, subset: str) -> list[Path]:
-    """Paths of the tracks of a subset, sorted by name."""
-    if not root.is_dir():
-        reason = "is a file" if root.exists() else "does not exist"
-        raise InputError(f"data root {root} {reason}: name the folder that holds train/ and test/")
-    if subset == "test" or (root / "valid").is_dir():
-        return _list_tracks(root, subset)
-    everything = _list_tracks(root, "train")
-    valid = [path for path in everything if _track_name(path) in MUSDB_VALIDATION_TRACKS]
-    if not valid:
-        valid = everything[-max(1, round(_VALID_SHARE * len(everything))) :]
-    selected = valid if subset == "valid" else [path for path in everything if path not in valid]
-    if not selected:
+def open_tracks(
+    root: Path,
+    paths: Sequence[Path],
+    expected: Expected,
+    headers: HeaderCache,
+    need_mixture: bool = False,
+) -> tuple[list[Track], list[str]]:
+    """Open the tracks at `paths`, or their copies where these are true.
+
+    Returns:
+        The sound tracks, and what is wrong with the others.
+    """
+    with_copies = [cache for cache in headers.folders if copies_folder(cache).is_dir()]
+    tracks: list[Track] = []
+    broken: list[str] = []
+    for path in paths:
+        try:
+            copy = None
+            if with_copies and expected.sample_rate is not None:
+                copy = find_copy(with_copies, root, path, expected.sample_rate)
+            tracks.append(open_track(root, copy or path, expected, headers, need_mixture))
+        except InputError as error:
+            broken.append(str(error))
+    return tracks, broken
+
+
+def open_track(
+    root: Path, path: Path, expected: Expected, headers: HeaderCache, need_mixture: bool = False
+) -> Track:
+    """Open a track folder or a `.stem.mp4`; raises InputError, naming the file and the remedy."""
+    if path.is_dir():
+        return open_folder(root, path, expected, headers, need_mixture)
+    return open_stem_file(root, path, expected.sample_rate)
+
+
+def _check_names(split: Split, selected: dict[Path, list[Path]]) -> None:
+    known = {track_name(path) for paths in selected.values() for path in paths}
+    unknown = sorted(set(split.valid_tracks) - known)
+    if unknown:
         raise InputError(
-            f"{root / 'train'} has no track left to train on beside the {len(valid)} for"
-            " validation: add tracks, or a folder 'valid' beside it"
+            f"data.valid_tracks: no track '{unknown[0]}' in {' or '.join(map(str, selected))}"
         )
-    return selected
 
 
-def _list_tracks(root: Path, folder_name: str) -> list[Path]:
-    folder = root / folder_name
-    if not folder.is_dir():
-        raise InputError(f"data root {root} has no folder '{folder_name}': expected MUSDB18 layout")
-    tracks = [
-        path
-        for path in folder.iterdir()
-        if not path.name.startswith(".") and (path.is_dir() or path.name.endswith(SUFFIX))
-    ]
+def _check_opened(
+    where: str, subset: str, tracks: list[Track], broken: list[str], skip_broken: bool
+) -> None:
+    """Raise or warn of broken tracks, and raise where no track is left."""
+    if broken and not skip_broken:
+        raise InputError(_report(where, broken))
+    for message in broken:
+        logger.warning("track skipped: %s", message)
+    if not tracks and broken:
+        raise InputError(f"data root {where}: every track of '{subset}' is broken: {broken[0]}")
     if not tracks:
         raise InputError(
-            f"{folder} holds no tracks: expected {folder_name}/<track>/{STEMS[0]}.wav or"
-            f" {folder_name}/<track>{SUFFIX}"
+            f"data root {where} has no track left for '{subset}': add tracks, a folder 'valid'"
+            " beside 'train', or change data.valid_tracks or data.valid_fraction"
         )
-    return sorted(tracks, key=_track_name)
 
 
-def _track_name(path: Path) -> str:
-    return path.name.removesuffix(SUFFIX)
-
-
-def _report(root: Path, broken: list[str]) -> str:
+def _report(where: str, broken: list[str]) -> str:
     if len(broken) == 1:
         return broken[0]
     listed = "; ".join(broken[:_MAX_LISTED])
     more = f"; and {len(broken) - _MAX_LISTED} more" if len(broken) > _MAX_LISTED else ""
-    return f"data root {root} has {len(broken)} broken tracks: {listed}{more}"
+    return f"data root {where} has {len(broken)} broken tracks: {listed}{more}"

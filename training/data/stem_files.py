@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from models.errors import InputError
+from training.data.audio_files import AudioFile
 from training.data.track import AUDIO_CHANNELS, STEMS, CorruptAudioError, check_range
 
 SUFFIX = ".stem.mp4"
@@ -26,19 +27,29 @@ _AAC_FRAME = 1024
 class StemFileTrack:
     """A `.stem.mp4` with the mixture and the four stems as audio streams.
 
-    Each read decodes the file from its beginning, so random access costs up to a second; for
-    training on the whole of MUSDB18 prefer MUSDB18-HQ.
+    Each read decodes the file from its beginning, so random access costs up to a second:
+    `python -m training.data.prepare` decodes the files once.
     """
 
     name: str
+    root: Path
     path: Path
     sample_rate: int
     frames: int
+    container: AudioFile
     stems: tuple[str, ...] = STEMS
 
     @property
     def files(self) -> tuple[Path, ...]:
         return (self.path,)
+
+    @property
+    def is_seekable(self) -> bool:
+        return False
+
+    def file(self, stem: str) -> AudioFile | None:
+        """See `Track.file`: the same for every stem."""
+        return self.container
 
     def read(self, stem: str, start: int = 0, frames: int | None = None) -> np.ndarray:
         """See `Track.read`: float32 [c, t]."""
@@ -63,11 +74,12 @@ class StemFileTrack:
         return np.ascontiguousarray(padded.T)
 
 
-def open_stem_file(path: Path, sample_rate: int) -> StemFileTrack:
-    """Open a track by its container's header.
+def open_stem_file(root: Path, path: Path, sample_rate: int | None) -> StemFileTrack:
+    """Open a track of the data root `root` by its container's header.
 
     Raises:
-        InputError: ffmpeg is missing, or the file is not five stereo streams at `sample_rate`.
+        InputError: ffmpeg is missing, or the file is not five stereo streams at `sample_rate`
+            (None for any).
     """
     multitrack = _probe(path)
     info = multitrack.info
@@ -77,10 +89,18 @@ def open_stem_file(path: Path, sample_rate: int) -> StemFileTrack:
             f"{path} has {streams} audio streams of {info.channels_streams} channels, expected"
             f" {len(_STREAMS)} stereo ones ({', '.join(_STREAMS)}): restore the original file"
         )
-    if multitrack.rate != sample_rate:
-        raise InputError(f"{path} has {multitrack.rate} Hz, expected {sample_rate}")
+    rate = int(multitrack.rate)
+    if sample_rate not in (None, rate):
+        raise InputError(
+            f"{path} has {rate} Hz, expected {sample_rate}: resample the data set ahead"
+            " (python -m training.data.prepare ROOT)"
+        )
     name = path.name.removesuffix(SUFFIX)
-    return StemFileTrack(name, path, sample_rate, min(info.nb_samples_streams))
+    frames = min(info.nb_samples_streams)
+    status = path.stat()
+    stamp = (status.st_size, status.st_mtime_ns)
+    container = AudioFile(str(path), *stamp, frames, rate, AUDIO_CHANNELS, "AAC")
+    return StemFileTrack(name, root, path, rate, frames, container)
 
 
 def require_ffmpeg() -> None:

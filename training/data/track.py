@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from models.errors import InputError
+
+if TYPE_CHECKING:
+    from training.data.audio_files import AudioFile
 
 STEMS = ("vocals", "drums", "bass", "other")
 MIXTURE = "mixture"
@@ -23,11 +27,33 @@ class CorruptAudioError(InputError):
         self.path = path
 
 
+MissingStems = Literal["error", "silence"]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What every track of a data set must be.
+
+    Attributes:
+        sample_rate: in Hz; None takes every track at its own rate.
+        stems: the sources that sum to the mixture.
+        missing_stems: whether a track without one of them is an error or has silence there.
+    """
+
+    sample_rate: int | None = 44_100
+    stems: tuple[str, ...] = STEMS
+    missing_stems: MissingStems = "error"
+
+
 class Track(Protocol):
     """One song: stems of one length, rate and channel count."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def root(self) -> Path:
+        """The data root it belongs to."""
 
     @property
     def sample_rate(self) -> int:
@@ -44,6 +70,13 @@ class Track(Protocol):
     @property
     def files(self) -> tuple[Path, ...]:
         """The files on disk that the track is read from."""
+
+    @property
+    def is_seekable(self) -> bool:
+        """Whether a partial read costs no more than what it reads."""
+
+    def file(self, stem: str) -> AudioFile | None:
+        """The file that holds a stem, None where the stem is missing and counts as silence."""
 
     def read(self, stem: str, start: int = 0, frames: int | None = None) -> np.ndarray:
         """Samples `start` to `start + frames` of a stem or of "mixture".

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from training.data import activity, parallel
 from training.data.activity import active_windows, build_activity_index
+from training.data.activity_cache import Activity, load_activity
+from training.data.cache import FOLDER
 from training.data.sources import STEMS, open_dataset
 
 RATE = 44_100
@@ -95,43 +99,155 @@ def test_index_rows_are_track_and_start(tracks: list) -> None:
     assert index.windows["vocals"].dtype == np.int64
 
 
-def test_cache_is_used_until_the_data_change(tracks: list, tmp_path: Path) -> None:
-    cache = tmp_path / "cache" / "index.json"
-    first = build_activity_index(tracks, STEMS, RATE, cache)
-    content = json.loads(cache.read_text())
-    content["windows"]["vocals"] = [[0, 0]]
-    cache.write_text(json.dumps(content))
-    assert len(build_activity_index(tracks, STEMS, RATE, cache).windows["vocals"]) == 1
-    # Another segment length, or a file touched, is another data set.
-    assert build_activity_index(tracks, STEMS, RATE // 2, cache).segment_frames == RATE // 2
-    cache.write_text(json.dumps(content))
-    os.utime(tracks[1].files[0], ns=(1, 1))
-    again = build_activity_index(tracks, STEMS, RATE, cache)
-    assert again.windows["vocals"].tolist() == first.windows["vocals"].tolist()
-    assert [path.name for path in cache.parent.iterdir()] == ["index.json"]
+def read_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collects `track/stem` of every file that is searched from here on."""
+    searched: list[str] = []
+    search = activity._search
+
+    def noted(job: activity.Job, segment_frames: int) -> Activity:
+        searched.append(f"{job[0].name}/{job[1]}")
+        return search(job, segment_frames)
+
+    monkeypatch.setattr(activity, "_search", noted)
+    return searched
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"windows": {}}'])
+def test_only_new_and_changed_files_are_read(
+    tracks: list, tmp_path: Path, monkeypatch, make_folder_track
+) -> None:
+    first = build_activity_index(tracks, STEMS, RATE)
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == [
+        ".lock",
+        f"activity_{RATE}.npz",
+    ]
+    searched = read_files(monkeypatch)
+    again = build_activity_index(tracks, STEMS, RATE)
+    assert searched == []
+    for stem in STEMS:
+        np.testing.assert_array_equal(again.windows[stem], first.windows[stem])
+    build_activity_index(tracks, STEMS, RATE // 2)
+    assert len(searched) == 8  # another segment length has a cache of its own
+    searched.clear()
+    os.utime(tracks[1].files[0], ns=(1, 1))  # as a rewritten file of the same size
+    make_folder_track(tmp_path / "test" / "aa", seconds=2)
+    index = build_activity_index(open_dataset(tmp_path, "test"), STEMS, RATE)
+    assert sorted(searched) == ["aa/bass", "aa/drums", "aa/other", "aa/vocals", "b/vocals"]
+    assert index.windows["vocals"][:, 0].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_data_set_may_move_and_shrink(tracks: list, tmp_path: Path, monkeypatch) -> None:
+    build_activity_index(tracks, STEMS, RATE)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (tmp_path / "test").rename(moved / "test")
+    (tmp_path / FOLDER).rename(moved / FOLDER)
+    searched = read_files(monkeypatch)
+    index = build_activity_index(open_dataset(moved, "test"), STEMS, RATE)
+    assert searched == [] and len(index.windows["drums"]) == 6
+    shutil.rmtree(moved / "test" / "a")
+    os.utime(moved / "test" / "b" / "bass.wav", ns=(1, 1))
+    (track,) = open_dataset(moved, "test")
+    build_activity_index([track], STEMS, RATE)
+    kept = load_activity(moved / FOLDER / f"activity_{RATE}.npz", RATE)
+    assert {key.split("/")[1] for key in kept} == {"b"}
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "no zip"])
 def test_damaged_cache_is_rebuilt(tracks: list, tmp_path: Path, damage: str, caplog) -> None:
-    cache = tmp_path / "index.json"
-    build_activity_index(tracks, STEMS, RATE, cache)
-    good = cache.read_text()
-    cache.write_text(damage)
-    build_activity_index(tracks, STEMS, RATE, cache)
-    assert cache.read_text() == good
+    first = build_activity_index(tracks, STEMS, RATE)
+    cache = tmp_path / FOLDER / f"activity_{RATE}.npz"
+    good = cache.read_bytes()
+    flipped = bytearray(good)
+    flipped[good.rindex(np.int64(RATE // 2).tobytes())] ^= 1  # one of the windows
+    cuts = {"empty": b"", "cut": good[:-40], "flipped": bytes(flipped), "no zip": b"{}" * 99}
+    cache.write_bytes(cuts[damage])
+    index = build_activity_index(tracks, STEMS, RATE)
     assert "is damaged" in caplog.text
+    np.testing.assert_array_equal(index.windows["vocals"], first.windows["vocals"])
+    assert load_activity(cache, RATE).keys() == {
+        f"test/{t}/{s}.wav#{s}" for t in "ab" for s in STEMS
+    }
 
 
-def test_broken_file_is_reported_once_and_has_no_windows(
+def test_interrupted_search_goes_on_where_it_was(tracks: list, tmp_path: Path, monkeypatch) -> None:
+    search = activity._search
+
+    def interrupted(job: activity.Job, segment_frames: int) -> Activity:
+        if job[0].name == "b" and job[1] == "other":
+            raise KeyboardInterrupt
+        return search(job, segment_frames)
+
+    monkeypatch.setattr(activity, "_search", interrupted)
+    monkeypatch.setattr(parallel, "processors", lambda: 1)
+    with pytest.raises(KeyboardInterrupt):
+        build_activity_index(tracks, STEMS, RATE)
+    monkeypatch.setattr(activity, "_search", search)
+    searched = read_files(monkeypatch)
+    build_activity_index(tracks, STEMS, RATE)
+    assert searched == ["b/other"]
+
+
+def test_long_files_are_searched_piece_by_piece(tracks: list, monkeypatch) -> None:
+    whole = build_activity_index(tracks, STEMS, RATE)
+    monkeypatch.setattr(activity, "_PIECE_FRAMES", 7000)
+    for track in tracks:
+        os.utime(track.files[0], ns=(5, 5))
+    pieces = build_activity_index(open_dataset(tracks[0].root, "test"), STEMS, RATE)
+    np.testing.assert_array_equal(pieces.windows["vocals"], whole.windows["vocals"])
+
+
+def test_cache_goes_elsewhere_where_asked_or_needed(
+    tracks: list, tmp_path: Path, monkeypatch
+) -> None:
+    asked = tmp_path / "elsewhere"
+    build_activity_index(tracks, STEMS, RATE, asked)
+    assert len(list(asked.glob(f"{tmp_path.name}-*/activity_{RATE}.npz"))) == 1
+    (tmp_path / FOLDER).write_text("no folder can be made here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    build_activity_index(tracks, STEMS, RATE)
+    assert len(list(tmp_path.glob(f"home/bsmamba2/*/activity_{RATE}.npz"))) == 1
+    searched = read_files(monkeypatch)
+    build_activity_index(tracks, STEMS, RATE)
+    assert searched == []
+
+
+def build_counting(root: Path, counts: Path) -> None:
+    original = activity._search
+
+    def noted(job: activity.Job, segment_frames: int) -> Activity:
+        with counts.open("a") as file:
+            file.write("x")
+        return original(job, segment_frames)
+
+    activity._search = noted
+    build_activity_index(open_dataset(root, "test"), STEMS, RATE)
+
+
+def test_of_several_processes_one_builds(tracks: list, tmp_path: Path) -> None:
+    counts = tmp_path / "counts"
+    context = multiprocessing.get_context("fork")
+    jobs = [context.Process(target=build_counting, args=(tmp_path, counts)) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0, 0, 0]
+    assert counts.read_text() == "x" * 8
+
+
+def test_broken_file_is_reported_by_name_and_tried_again(
     tracks: list, tmp_path: Path, caplog
 ) -> None:
     path = tracks[0].folder / "drums.wav"
-    path.write_bytes(path.read_bytes()[:5000])
-    cache = tmp_path / "index.json"
-    for _ in range(2):  # the second time from the cache
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000])
+    for _ in range(2):
         caplog.clear()
-        index = build_activity_index(tracks, STEMS, RATE, cache)
+        index = build_activity_index(tracks, STEMS, RATE)
         assert set(index.windows["drums"][:, 0]) == {1}
         assert set(index.windows["bass"][:, 0]) == {0, 1}
+        assert list(index.broken) == [str(path)]
         (record,) = caplog.records
-        assert str(path) in record.getMessage()
+        assert f"{path} is cut" in record.getMessage()
+    path.write_bytes(whole)
+    assert build_activity_index(tracks, STEMS, RATE).broken == {}

@@ -9,9 +9,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from models.errors import InputError
+from training.data import failures
 from training.data.activity import ActivityIndex, build_activity_index
-from training.data.mixing import AlignedSegments, ExampleCounter, RandomMixes
-from training.data.sources import STEMS, open_dataset
+from training.data.mixing import (
+    AlignedSegments,
+    ExampleCounter,
+    RandomMixes,
+    collate_readable,
+)
+from training.data.sources import STEMS, CorruptAudioError, open_dataset
 
 SEGMENT = 4410
 
@@ -179,3 +185,58 @@ def test_no_active_window_and_unknown_stem(tracks, tmp_path: Path, make_folder_t
         with pytest.raises(InputError, match="unknown target stems .*piano.*choose from vocals"):
             build(quiet, index, ("piano",))
     assert len(AlignedSegments(quiet, index, ("vocals", "bass"))) > 0
+
+
+def test_reads_and_failures_of_all_workers_are_counted(tracks, index) -> None:
+    dataset = mixes(tracks, index, silent_prob=0.0)
+    stream(dataset, 10, workers=0)
+    assert (dataset.failures.reads, dataset.failures.failed) == (40, 0)
+    (tracks[1].folder / "bass.wav").unlink()
+    stream(dataset, 40, workers=2)
+    counted = dataset.failures
+    assert counted.reads >= 200 + counted.failed
+    assert 5 < counted.failed < 60  # a third of the draws of one stem in four
+    assert counted.failed_share == counted.failed / counted.reads
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_failures_stop_with_their_share_and_a_file(
+    tracks, index, workers: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(failures, "_FEWEST", 40)
+    (tracks[1].folder / "bass.wav").unlink()
+    dataset = mixes(tracks, index, silent_prob=0.0, max_failed_share=0.02)
+    message = r"(?s)\d+\.\d% of the latest reads .*max_failed_share=0.02 allows.*1/bass.wav has"
+    with pytest.raises(InputError, match=message):
+        stream(dataset, 60, workers)
+    tolerant = mixes(tracks, index, silent_prob=0.0, max_failed_share=0.5)
+    assert len(stream(tolerant, 60, workers)) == 60
+
+
+def test_recent_failures_weigh_more_than_a_long_good_past() -> None:
+    counter = failures.ReadFailures(max_failed_share=0.05)
+    error = CorruptAudioError("x.wav has disappeared", Path("x.wav"))
+    for _ in range(20_000):
+        counter.succeeded()
+    with pytest.raises(InputError, match=r"5\.\d% of the latest reads"):
+        for _ in range(40):
+            counter.failure(error, torch.zeros((), dtype=torch.uint8))
+    assert counter.failed < 30
+    few = failures.ReadFailures(max_failed_share=0.05)
+    for _ in range(100):
+        few.failure(error, torch.zeros((), dtype=torch.uint8))
+
+
+def test_validation_goes_on_without_a_lost_segment(tracks, index, caplog) -> None:
+    dataset = AlignedSegments(tracks, index, ("vocals",))
+    before = [dataset[i] for i in range(len(dataset))]
+    (tracks[0].folder / "drums.wav").write_bytes(b"")
+    after = [dataset[i] for i in range(len(dataset))] + [dataset[0]]
+    lost = [number for number, example in enumerate(after[:-1]) if example is None]
+    assert lost == np.flatnonzero(dataset.windows[:, 0] == 0).tolist()
+    assert dataset.unreadable.nonzero().flatten().tolist() == lost
+    assert len(caplog.records) == len(lost)
+    assert str(tracks[0].folder / "drums.wav") in caplog.text
+    batch = collate_readable([after[lost[0]], after[-2]])
+    assert torch.equal(batch["mixture"], before[len(dataset) - 1]["mixture"][None])
+    assert collate_readable([None, None]) is None

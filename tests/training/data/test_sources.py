@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
@@ -9,13 +10,17 @@ import pytest
 import soundfile
 
 from models.errors import InputError
-from training.data import stem_files
+from training.data import cache, stem_files
+from training.data.activity import build_activity_index
+from training.data.audio_files import AudioFile
+from training.data.cache import FOLDER
 from training.data.excerpt import write_excerpt
 from training.data.musdb_sample import fetch_musdb_sample
 from training.data.sources import (
     MUSDB_VALIDATION_TRACKS,
     STEMS,
     CorruptAudioError,
+    Split,
     open_dataset,
 )
 
@@ -100,8 +105,8 @@ def break_rate(stem: Path) -> None:
     soundfile.write(stem, silence(2), 48_000, "PCM_16")
 
 
-def break_mono(stem: Path) -> None:
-    soundfile.write(stem, silence(1), RATE, "PCM_16")
+def break_channels(stem: Path) -> None:
+    soundfile.write(stem, silence(3), RATE, "PCM_16")
 
 
 def break_corrupt(stem: Path) -> None:
@@ -124,7 +129,7 @@ BREAKAGES = {
     "missing": (break_missing, "is missing: add it"),
     "shorter": (break_shorter, "has 44000 samples but vocals.wav has 44100: cut or pad"),
     "rate": (break_rate, "has 48000 Hz, expected 44100: resample"),
-    "mono": (break_mono, r"has 1 channel\(s\), expected stereo: convert"),
+    "three channels": (break_channels, "has 3 channels, expected stereo or mono: convert"),
     "corrupt": (break_corrupt, r"is not readable audio \(.*\): restore it"),
     "zero bytes": (break_zero_bytes, r"is empty \(0 bytes\): restore it"),
     "zero samples": (break_zero_samples, "holds no samples: restore it"),
@@ -144,7 +149,7 @@ def test_broken_stem_is_named_with_its_remedy(root: Path, kind: str) -> None:
 
 def test_all_broken_tracks_are_reported_at_once(root: Path, caplog) -> None:
     break_missing(root / "train" / "song 0" / "bass.wav")
-    break_mono(root / "train" / "song 2" / "other.wav")
+    break_channels(root / "train" / "song 2" / "other.wav")
     with pytest.raises(InputError, match=r"2 broken tracks: .*song 0/bass.wav .*song 2/other.wav"):
         open_dataset(root, "train")
     kept = open_dataset(root, "train", skip_broken=True)
@@ -176,7 +181,7 @@ def test_roots_without_tracks(tmp_path: Path, make_folder_track) -> None:
     with pytest.raises(InputError, match="train holds no tracks: expected train/<track>/vocals"):
         open_dataset(tmp_path, "train")
     make_folder_track(tmp_path / "train" / "only one")
-    with pytest.raises(InputError, match="no track left to train on"):
+    with pytest.raises(InputError, match="no track left for .train.: add tracks"):
         open_dataset(tmp_path, "train")
     with pytest.raises(InputError, match="unknown subset 'dev'"):
         open_dataset(tmp_path, "dev")
@@ -189,11 +194,171 @@ def test_damage_after_opening_is_a_corrupt_audio_error(root: Path) -> None:
     break_corrupt(paths["drums"])
     break_missing(paths["bass"])
     soundfile.write(paths["other"], np.full((RATE, 2), np.nan), RATE, "FLOAT")
-    messages = {"vocals": "is cut", "drums": "cannot", "bass": "cannot", "other": "has NaN"}
+    messages = {"vocals": "is cut", "drums": "cannot", "bass": "has disappeared", "other": "is now"}
     for stem, message in messages.items():
         with pytest.raises(CorruptAudioError, match=f"{stem}.wav {message}") as caught:
             track.read(stem, 20_000, 1000)
         assert caught.value.path == paths[stem]
+
+
+def rewrite(path: Path, subtype: str, channels: int = 2, suffix: str = ".wav") -> np.ndarray:
+    """Replaces a stem by noise in another sample format; returns what should be read, [c, t]."""
+    noise = np.random.default_rng(1).uniform(-0.5, 0.5, (RATE, channels))
+    path.unlink()
+    path = path.with_suffix(suffix)
+    soundfile.write(path, noise, RATE, subtype)
+    audio, _ = soundfile.read(path, dtype="float32", always_2d=True)
+    return np.broadcast_to(audio.T, (2, RATE))
+
+
+@pytest.mark.parametrize(
+    ("subtype", "channels", "suffix"),
+    [
+        ("PCM_16", 1, ".wav"),
+        ("PCM_24", 2, ".wav"),
+        ("PCM_32", 2, ".wav"),
+        ("FLOAT", 2, ".wav"),
+        ("DOUBLE", 1, ".wav"),
+        ("PCM_U8", 2, ".wav"),
+        ("PCM_16", 2, ".flac"),
+        ("PCM_24", 1, ".flac"),
+    ],
+)
+def test_any_sample_format_reads_as_libsndfile_converts_it(
+    root: Path, subtype: str, channels: int, suffix: str
+) -> None:
+    expected = rewrite(root / "train" / "song 1" / "bass.wav", subtype, channels, suffix)
+    track = open_dataset(root, "train")[1]
+    np.testing.assert_array_equal(track.read("bass", 777, 5000), expected[:, 777:5777])
+    np.testing.assert_array_equal(track.read("bass"), expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "with space",
+        'it\'s "quoted"',
+        "Björk – Jóga 世界",
+        "a..b",
+        "..And Dots",
+        "[x] #1 100%",
+        "-rf",
+    ],
+)
+def test_any_name_of_a_song(tmp_path: Path, make_folder_track, name: str) -> None:
+    make_folder_track(tmp_path / "up" / "train" / name)
+    make_folder_track(tmp_path / "up" / "train" / "zzz")
+    (tmp_path / "up" / "train" / ".DS_Store").write_bytes(b"")
+    (tmp_path / "up" / "train" / name / "._bass.wav").write_bytes(b"a Mac's")
+    root = tmp_path / "up" / ".." / "up"
+    (track,) = open_dataset(root, "train")
+    index = build_activity_index([track], STEMS, RATE // 2)
+    assert track.name == name
+    assert track.read("drums").any()
+    assert len(index.windows["drums"]) == 3
+    again = build_activity_index(open_dataset(root, "train"), STEMS, RATE // 2)
+    np.testing.assert_array_equal(again.windows["drums"], index.windows["drums"])
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_damaged_flac_is_an_error_not_silence(root: Path, damage: str) -> None:
+    path = root / "train" / "song 0" / "drums.flac"
+    rewrite(path.with_suffix(".wav"), "PCM_16", suffix=".flac")
+    track = open_dataset(root, "train")[0]
+    expected = track.read("drums", 0, 5000)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 40] = bytes(40)
+    path.write_bytes(content if damage == "overwritten" else content[:middle])
+    with pytest.raises(CorruptAudioError, match="drums.flac (is cut|cannot be read)"):
+        track.read("drums", RATE // 2 - 2500, 5000)
+    np.testing.assert_array_equal(track.read("drums", 0, 5000), expected)
+
+
+def test_missing_stems_are_silence_where_asked(root: Path) -> None:
+    (root / "train" / "song 0" / "bass.wav").unlink()
+    (root / "train" / "song 0" / "mixture.wav").unlink()
+    with pytest.raises(InputError, match="bass.wav is missing: add it.*missing_stems=silence"):
+        open_dataset(root, "train")
+    track = open_dataset(root, "train", missing_stems="silence")[0]
+    assert not track.read("bass", 5, 100).any()
+    assert track.file("bass") is None
+    total = sum(track.read(stem) for stem in ("vocals", "drums", "other"))
+    np.testing.assert_array_equal(track.read("mixture"), total)
+    index = build_activity_index([track], STEMS, RATE // 2)
+    assert (len(index.windows["bass"]), len(index.windows["drums"])) == (0, 3)
+
+
+def test_folder_without_any_stem_tells_what_it_has(root: Path) -> None:
+    folder = root / "train" / "song 0"
+    for stem in STEMS:
+        (folder / f"{stem}.wav").rename(folder / f"lead {stem}.wav")
+    with pytest.raises(InputError, match="none of the stems vocals.*it has lead bass.wav") as error:
+        open_dataset(root, "train", missing_stems="silence")
+    assert "rename its files" in str(error.value)
+
+
+def test_tracks_in_the_root_itself(tmp_path: Path, make_folder_track) -> None:
+    for number in range(10):
+        make_folder_track(tmp_path / f"song {number}", seconds=0.01, mixture=False)
+    (tmp_path / "artwork").mkdir()
+    assert names(tmp_path, "train") == [f"song {number}" for number in range(9)]
+    assert names(tmp_path, "valid") == ["song 9"]
+    with pytest.raises(InputError, match="has no folder 'test'"):
+        open_dataset(tmp_path, "test")
+
+    def chosen(**split: Any) -> list[str]:
+        return [track.name for track in open_dataset(tmp_path, "valid", split=Split(**split))]
+
+    assert chosen(valid_fraction=0.3) == ["song 7", "song 8", "song 9"]
+    assert chosen(valid_tracks=("song 2", "song 5")) == ["song 2", "song 5"]
+    with pytest.raises(InputError, match="data.valid_tracks: no track 'song x' in"):
+        chosen(valid_tracks=("song 2", "song x"))
+    with pytest.raises(InputError, match="no track left for .valid.: add tracks"):
+        chosen(valid_fraction=0.0)
+
+
+def test_several_roots_join(root: Path, tmp_path: Path, make_folder_track) -> None:
+    more = tmp_path / "more"
+    for number in range(3):
+        make_folder_track(more / f"extra {number}", seconds=0.6, seed=20 + number)
+    roots = [root, more]
+    assert [t.name for t in open_dataset(roots, "valid")] == ["song 3", "extra 2"]
+    tracks = open_dataset(roots, "train")
+    assert [t.name for t in tracks] == ["song 0", "song 1", "song 2", "extra 0", "extra 1"]
+    assert [t.root for t in tracks] == [root] * 3 + [more] * 2
+    index = build_activity_index(tracks, STEMS, RATE // 2)
+    assert index.windows["bass"][:, 0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 4]
+    break_missing(root / "train" / "song 0" / "bass.wav")
+    break_missing(more / "extra 1" / "bass.wav")
+    with pytest.raises(InputError, match=r"2 broken tracks: .*song 0.*extra 1") as error:
+        open_dataset(roots, "train")
+    assert f"{root} and {more}" in str(error.value)
+
+
+def test_headers_are_read_once_until_a_file_changes(root: Path, monkeypatch) -> None:
+    read: list[str] = []
+    original = cache.read_header
+
+    def noted(path: str, size: int, modified: int) -> AudioFile:
+        read.append(Path(path).name)
+        return original(path, size, modified)
+
+    monkeypatch.setattr(cache, "read_header", noted)
+    headers: dict[Path, cache.HeaderCache] = {}
+    first = open_dataset(root, "train", headers=headers)
+    headers[root].save()
+    assert len(read) == 15
+    assert open_dataset(root, "train") == first
+    assert len(read) == 15
+    rewrite(root / "train" / "song 1" / "bass.wav", "PCM_24")
+    assert open_dataset(root, "train")[1].audio["bass"].subtype == "PCM_24"
+    assert read[15:] == ["bass.wav"]
+    open_dataset(root, "valid", headers=headers)
+    assert len(read) == 21
+    for damage in ("", "{", '{"format": 1, "files": {"train/song 1/bass.wav": [1]}}', "[]"):
+        (root / FOLDER / "headers.json").write_text(damage)
+        assert open_dataset(root, "train")[0] == first[0]
 
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")

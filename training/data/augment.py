@@ -1,0 +1,118 @@
+"""Changes to a stem on its way into a random mix, all off unless asked for.
+
+The field's usual ones, as Open-Unmix, Demucs and others have them: swapped channels, inverted
+polarity, several stems of one kind at once, a shifted start, another pitch, another tempo.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from models.errors import InputError
+
+
+@dataclass(frozen=True)
+class Change:
+    """What was drawn for one window of a stem."""
+
+    swaps_channels: bool = False
+    inverts: bool = False
+    shift: int = 0  # samples
+    semitones: float = 0.0
+    tempo: float = 1.0
+
+    def place(self, start: int, segment_frames: int, track_frames: int) -> tuple[int, int]:
+        """First sample and number of samples to read, within the track."""
+        frames = min(round(segment_frames * self.tempo), track_frames)
+        return min(max(0, start + self.shift), track_frames - frames), frames
+
+    def apply(self, audio: np.ndarray, segment_frames: int, sample_rate: int) -> np.ndarray:
+        """The window `place` asked for, [c, t], as it goes into the mix: `segment_frames` long."""
+        if self.semitones or audio.shape[-1] != segment_frames:
+            audio = stretch(audio, segment_frames, self.semitones, sample_rate)
+        if self.swaps_channels:
+            audio = audio[::-1]
+        return -audio if self.inverts else audio
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Probabilities, each for one stem of one example, and ranges.
+
+    Attributes:
+        channel_swap_prob: left and right exchanged.
+        polarity_prob: the sign inverted.
+        same_stem_prob: one more window of the same stem, of any track and with a gain of its own,
+            on top; and with the same probability another one on top of that.
+        time_shift_prob: the start moved by up to
+        time_shift_seconds: either way, within the track.
+        pitch_prob: the pitch moved by up to
+        pitch_semitones: either way.
+        tempo_prob: the tempo multiplied by a factor between
+        tempo_min: and
+        tempo_max: the pitch staying as it is.
+
+    Raises:
+        InputError: pitch or tempo is asked for and python-stretch is not installed.
+    """
+
+    channel_swap_prob: float = 0.0
+    polarity_prob: float = 0.0
+    same_stem_prob: float = 0.0
+    time_shift_prob: float = 0.0
+    time_shift_seconds: float = 2.0
+    pitch_prob: float = 0.0
+    pitch_semitones: float = 2.0
+    tempo_prob: float = 0.0
+    tempo_min: float = 0.9
+    tempo_max: float = 1.1
+
+    def __post_init__(self) -> None:
+        if self.pitch_prob or self.tempo_prob:
+            _import_stretch()  # now, not in a worker after the first batch
+
+    def draw(self, rng: np.random.Generator, sample_rate: int) -> Change:
+        """Draw a change; always the same number of draws, so that settings do not move others."""
+        swap, invert, shift, pitch, tempo = rng.random(5)
+        by_shift, by_pitch, by_tempo = rng.random(3)
+        reach = self.time_shift_seconds * sample_rate
+        return Change(
+            swaps_channels=bool(swap < self.channel_swap_prob),
+            inverts=bool(invert < self.polarity_prob),
+            shift=round((2 * by_shift - 1) * reach) if shift < self.time_shift_prob else 0,
+            semitones=(2 * by_pitch - 1) * self.pitch_semitones if pitch < self.pitch_prob else 0.0,
+            tempo=_between(self.tempo_min, self.tempo_max, by_tempo)
+            if tempo < self.tempo_prob
+            else 1.0,
+        )
+
+
+def stretch(audio: np.ndarray, frames: int, semitones: float, sample_rate: int) -> np.ndarray:
+    """Bring audio [c, t] to `frames` samples without a change of pitch, then move the pitch.
+
+    By Signalsmith Stretch, which is deterministic and keeps the alignment to a millisecond.
+    """
+    stretcher = _import_stretch().Signalsmith.Stretch()
+    stretcher.preset(len(audio), sample_rate)
+    stretcher.setTransposeSemitones(semitones)
+    stretcher.timeFactor = audio.shape[-1] / frames
+    stretched = stretcher.process(np.ascontiguousarray(audio))[:, :frames]
+    # Its length is rounded down.
+    return np.pad(stretched, ((0, 0), (0, frames - stretched.shape[-1])))
+
+
+def _between(low: float, high: float, share: float) -> float:
+    return low + (high - low) * share
+
+
+def _import_stretch() -> ModuleType:
+    try:
+        import python_stretch
+    except ImportError as error:
+        raise InputError(
+            "data.pitch_prob and data.tempo_prob need python-stretch: pip install python-stretch"
+        ) from error
+    return python_stretch
