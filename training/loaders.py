@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -117,7 +116,6 @@ class Loaders:
     Attributes:
         mixes: the training examples by number.
         segments: the validation segments of all ranks.
-        waited: seconds that `training` has waited for batches.
 
     Raises:
         InputError: the data set is missing, broken, or has nothing to train or validate on.
@@ -133,7 +131,6 @@ class Loaders:
         train, valid = prepared["train"], prepared["valid"]
         self.mixes = make_mixes(config, train.tracks, train.index)
         self.segments = AlignedSegments(valid.tracks, valid.index, stem_names, data.valid_segments)
-        self.waited = 0.0
         self._unindexed = len(train.index.broken)  # of both
         self._validation: DataLoader | None = None
 
@@ -155,12 +152,7 @@ class Loaders:
             start: examples that all ranks together have consumed before.
         """
         sampler = ExampleCounter(start, rank=self.rank, world_size=self.world_size)
-        batches = plain_errors(self._loader(self.mixes, sampler=sampler))
-        while True:
-            began = time.perf_counter()
-            batch = next(batches)
-            self.waited += time.perf_counter() - began
-            yield batch
+        return plain_errors(self._loader(self.mixes, sampler=sampler))
 
     def validation(self) -> Iterable[Example]:
         """The validation segments of this rank (rank, rank + world_size, ...), in order.
@@ -228,6 +220,13 @@ def plain_errors(batches: Iterable[Any]) -> Iterator[Any]:
     except InputError as error:
         last = str(error).strip().splitlines()[-1]
         raise InputError(re.sub(r"^[\w.]*Error: ", "", last)) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"a data worker died: {str(error).splitlines()[0]} If memory ran out, lower"
+            " data.num_workers or data.prefetch; go on with --resume auto"
+        ) from error
 
 
 def _warn_of_shared_names(tracks: dict[str, list[Track]]) -> None:

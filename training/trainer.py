@@ -291,9 +291,15 @@ class Trainer:
             "seconds": self.seconds,
             "seconds_left": self.seconds * (1 / max(self.progress, 1e-9) - 1),
         }
+        row |= self._read_failures()
         if self.device.type == "cuda":
             row["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return row
+
+    def _read_failures(self) -> Row:
+        """The largest counts of any rank: each rank's workers read of every file."""
+        ranks = self.world.gather(self.loaders.read_failures())
+        return {name: max(rank[name] for rank in ranks) for name in ranks[0]}
 
     def validate(self, logbook: Logbook | None) -> Row:
         """Score the averaged weights, keep them if they are the best so far."""
@@ -315,6 +321,8 @@ class Trainer:
         count = min(self.config.run.examples, len(segments))
         for place in range(count):
             segment = segments[place * len(segments) // count]
+            if segment is None:  # no longer readable, which validation tells of
+                continue
             waves = separate_segment(self.estimate, self.model, segment)
             for number, stem in enumerate(config.stem_names):
                 one = {kind: wave[number] for kind, wave in waves.items()}

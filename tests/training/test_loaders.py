@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,16 @@ def test_training_stream_is_one_for_any_ranks_and_workers(make) -> None:
     for rank in (0, 1):
         loaders = make("training.batch_size=2", "data.num_workers=2", rank=rank, world_size=2)
         assert torch.equal(take(loaders, 2, start=4), expected[4 + rank :: 2])
-        assert loaders.waited > 0
+
+
+def test_a_dead_worker_is_one_line(make) -> None:
+    batches = make("data.num_workers=1").training(0)
+    next(batches)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(InputError, match=r"^a data worker died: .*killed by signal.*num_workers"):
+        for _ in range(10):
+            next(batches)
 
 
 def test_validation_is_sharded_and_the_same_every_time(make) -> None:

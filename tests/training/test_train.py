@@ -292,7 +292,7 @@ def test_dry_run_does_everything_and_leaves_nothing(
     text = caplog.text
     for part in ("step: ", "validation: ", "peak memory: ", "checkpoints: ", "a real run fits"):
         assert part in text
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "cache"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints"}
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
     assert train(tiny_config, "training.max_steps=1") == 0
 
