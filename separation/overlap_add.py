@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, repeat
 
 import torch
 from torch import Tensor
@@ -95,7 +95,8 @@ def separate_blocks(
     hop = hop_frames(chunk_frames, overlap)
     chunks = split_chunks(blocks, chunk_frames, hop)
     total = weight = torch.zeros(0)
-    while batch := list(islice(chunks, max(1, batch_size))):
+    sizes = chain([1], repeat(max(1, batch_size)))  # the first chunk does not wait for others
+    while batch := list(islice(chunks, next(sizes))):
         outputs = network(torch.stack([chunk.audio for chunk in batch]))  # b n c t
         for chunk, output in zip(batch, outputs, strict=True):
             piece = output[..., chunk.skip :]

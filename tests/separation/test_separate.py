@@ -169,7 +169,7 @@ def test_other_songs_go_on_after_a_bad_one(
     assert main(list(map(str, arguments))) == 2
     captured = capsys.readouterr()
     assert captured.err.splitlines() == [f"error: {bad}: has 0 samples; nothing to separate"]
-    assert "2 of 3 songs separated" in captured.out
+    assert f"2 of 3 songs separated; failed: {bad}" in captured.out
     assert {Path(name).parts[0] for name in names(tmp_path / "out")} == {"a", "c"}
 
 
@@ -183,11 +183,17 @@ def test_bad_checkpoints(song, run_separate, tmp_path: Path) -> None:
         separate(song(), path)
 
 
-def test_two_songs_of_one_name_are_refused_before_work(checkpoint, song, tmp_path: Path) -> None:
-    first, second = song("x/song.wav"), song("y/song.wav")
-    with pytest.raises(InputError, match=r"both would write .*song; rename"):
-        main([str(first), str(second), "--checkpoint", str(checkpoint), "-o", str(tmp_path / "o")])
-    assert not (tmp_path / "o").exists()
+def test_two_songs_of_one_name_are_refused_and_others_go_on(
+    checkpoint, song, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    songs = [song(name, seconds=0.1) for name in ("x/song.wav", "y/song.wav", "other.wav")]
+    out = tmp_path / "o"
+    assert main([*map(str, songs), "--checkpoint", str(checkpoint), "-o", str(out)]) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1
+    assert "both would write" in captured.err
+    assert "1 of 3 songs separated" in captured.out
+    assert {Path(name).parts[0] for name in names(out)} == {"other"}
 
 
 def test_output_that_cannot_be_written(checkpoint, song, tmp_path: Path) -> None:
