@@ -96,7 +96,7 @@ class Batch:
         spent = time.perf_counter() - start
         share = song.network_seconds / spent
         head = (
-            f"{job.song.source}: {seconds:.1f} s in {spent:.1f} s "
+            f"{song.stream.name}: {seconds:.1f} s in {spent:.1f} s "
             f"(real-time factor {spent / seconds:.3g}, {share:.0%} of it the network)"
         )
         return "\n".join([head, *(f"  {path}" for path in job.paths)])
@@ -115,7 +115,8 @@ class Batch:
     def _open_output(self, song: SongSeparation, job: Job) -> AbstractContextManager[Write]:
         stream: AudioStream = song.stream
         if not job.paths:
-            return open_standard_output(self.form, stream.rate, song.channels, stream.frames)
+            frames = stream.frames if stream.is_exact else None
+            return open_standard_output(self.form, stream.rate, song.channels, frames)
         paths = list(job.paths)
         return open_writers(paths, self.form, stream.rate, song.channels, stream.frames)
 

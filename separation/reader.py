@@ -37,6 +37,7 @@ class AudioStream:
         channels: of every block.
         frames: samples a channel that the file promises, None where it does not say.
         blocks: float32 [channel, time], to be read once.
+        is_exact: whether `frames` is a count, not derived from a duration.
     """
 
     name: str
@@ -44,6 +45,7 @@ class AudioStream:
     channels: int
     frames: int | None
     blocks: Iterator[np.ndarray]
+    is_exact: bool = False
 
 
 @contextmanager
@@ -69,7 +71,8 @@ def open_audio(path: str | Path) -> Iterator[AudioStream]:
         return
     with file:
         blocks = _soundfile_blocks(file, path)
-        yield AudioStream(str(path), file.samplerate, file.channels, file.frames, blocks)
+        is_exact = file.format != "MP3"
+        yield AudioStream(str(path), file.samplerate, file.channels, file.frames, blocks, is_exact)
 
 
 def probe_seconds(path: Path) -> float | None:

@@ -141,7 +141,7 @@ class Separator:
             audio[:, start : start + BLOCK_FRAMES]
             for start in range(0, audio.shape[1], BLOCK_FRAMES)
         )
-        stream = AudioStream(name, rate, *audio.shape, blocks)
+        stream = AudioStream(name, rate, audio.shape[0], audio.shape[1], blocks)
         return _collect(self, stream, progress, stems, downmix)
 
     def network(self, batch: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -102,43 +103,47 @@ def _open_writer(
         {"compression_level": 0.0, "bitrate_mode": "CONSTANT"} if form.extension == "mp3" else {}
     )
     container = form.container
-    size = (frames or 0) * channels * (form.sample_bytes or 0)
-    if size > WAV_LIMIT_BYTES:
+    frame_bytes = channels * (form.sample_bytes or 0)
+    if (frames or 0) * frame_bytes > WAV_LIMIT_BYTES:
         container = "RF64"
-    try:
-        with (
-            whole_file(path) as part,
-            soundfile.SoundFile(
-                part, "w", rate, channels, form.subtype, format=container, **quality
-            ) as file,
-        ):
-            yield _bounded(file, path, container)
-    except (OSError, soundfile.SoundFileRuntimeError) as error:
-        free = _free_bytes(path)
-        reason = "no space left on the disk" if free is not None and free < 2**20 else error
-        raise InputError(f"{path}: cannot be written ({reason}); choose another folder") from error
+    limit = WAV_LIMIT_BYTES // frame_bytes if container == "WAV" else None
+    with (
+        _naming(path),
+        whole_file(path) as part,
+        soundfile.SoundFile(
+            part, "w", rate, channels, form.subtype, format=container, **quality
+        ) as file,
+    ):
+        yield _bounded(file, path, limit)
 
 
-def _bounded(file: soundfile.SoundFile, path: Path, container: str) -> Write:
-    """Refuse to pass the size that a WAV header can tell (the length was not known before)."""
+def _bounded(file: soundfile.SoundFile, path: Path, limit: int | None) -> Write:
+    """Write at most `limit` samples a channel: what a WAV header can tell, where the length was
+    not known before."""
 
     def write(block: np.ndarray) -> None:
-        frame_bytes = file.channels * 4
-        if container == "WAV" and (file.frames + block.shape[1]) * frame_bytes > WAV_LIMIT_BYTES:
+        if limit is not None and file.frames + block.shape[1] > limit:
             raise InputError(f"{path}: more than 4 GiB do not fit into wav; use --format flac")
-        try:
-            file.write(np.ascontiguousarray(block.T))
-        except AssertionError as error:  # soundfile's answer to a short write
-            raise OSError("short write") from error
+        with _naming(path):
+            try:
+                file.write(np.ascontiguousarray(block.T))
+            except AssertionError as error:  # soundfile's answer to a short write
+                raise OSError("cut short") from error
 
     return write
 
 
-def _free_bytes(path: Path) -> int | None:
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of writing as an InputError that names the file."""
     try:
-        return shutil.disk_usage(path.parent).free
-    except OSError:
-        return None
+        yield
+    except (OSError, soundfile.SoundFileRuntimeError) as error:
+        reason = str(error)
+        with suppress(OSError):
+            if shutil.disk_usage(path.parent).free < 2**20:
+                reason = "no space left on the disk"
+        raise InputError(f"{path}: cannot be written ({reason}); choose another folder") from error
 
 
 def _require_rate(path: Path, form: Format, rate: int) -> None:
@@ -157,6 +162,8 @@ def open_standard_output(
     """
     if form.container != "WAV" or form.sample_bytes is None:
         raise InputError("standard output takes --format float, wav16 or wav24")
+    if sys.stdout.isatty():
+        raise InputError("standard output is a terminal: pipe it into a player or a file")
     output = sys.stdout.buffer
     scale = None if form.is_float else 2 ** (8 * form.sample_bytes - 1)
 
@@ -200,6 +207,4 @@ def _wav_header(form: Format, rate: int, channels: int, frames: int | None) -> b
 
 def _forget_standard_output(output: BinaryIO) -> None:
     """Keep the interpreter from flushing into the closed pipe once more at exit."""
-    import os
-
     os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
