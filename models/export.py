@@ -9,7 +9,11 @@ length.
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 from models.bsmamba2 import BAND_AXIS, TIME_AXIS, BSMamba2
 from models.errors import InputError
 from models.files import whole_file
+from models.scan import chunked
 
 INPUT, OUTPUT = "spectrogram", "stems"
 TOLERANCE = 1e-4  # relative error of onnxruntime on the CPU against PyTorch
@@ -74,8 +79,7 @@ def export_onnx(model: BSMamba2, path: str | Path, frames: int) -> float:
     shape = (1, config.audio_channels, config.n_fft // 2 + 1, frames, 2)
     example = torch.randn(shape, generator=generator)
     with whole_file(path) as temporary:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own deprecations
+        with _quiet_exporter(), _scans_in_one_piece():
             torch.onnx.export(
                 network,
                 (example,),
@@ -100,6 +104,33 @@ def export_onnx(model: BSMamba2, path: str | Path, frames: int) -> float:
         if not error < TOLERANCE:
             raise InputError(f"{path}: differs from PyTorch by {error:.1e}, nothing was written")
     return error
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without the exporter's own deprecations and its regrets about torchvision."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _scans_in_one_piece() -> Iterator[None]:
+    """Slices fit a scan into a CPU's cache; in a graph each would be a copy of the whole scan."""
+    kept = chunked.SLICE_ELEMENTS
+    chunked.SLICE_ELEMENTS = sys.maxsize
+    try:
+        yield
+    finally:
+        chunked.SLICE_ELEMENTS = kept
 
 
 def _import(name: str) -> Any:

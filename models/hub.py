@@ -19,12 +19,10 @@ from typing import Any
 from models.bsmamba2 import BSMamba2
 from models.card import model_card
 from models.checkpoint import Checkpoint, build_model, read_checkpoint, save_checkpoint
-from models.errors import InputError
 from models.files import write_text
 
 try:
     from huggingface_hub import ModelHubMixin, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 except ImportError as error:
     raise ImportError("models.hub needs huggingface_hub: pip install huggingface_hub") from error
 
@@ -55,24 +53,19 @@ class PretrainedBSMamba2(BSMamba2, ModelHubMixin, library_name="bsmamba2"):
         token: str | bool | None = None,
         **_: Any,
     ) -> PretrainedBSMamba2:
-        """Raises InputError if there is no such repository, or it holds another network."""
+        """Raises the hub's own errors, and InputError if the file holds another network."""
         path = Path(model_id) / WEIGHTS
         if not Path(model_id).is_dir():
-            try:
-                path = Path(
-                    hf_hub_download(
-                        model_id,
-                        WEIGHTS,
-                        revision=revision,
-                        cache_dir=cache_dir,
-                        force_download=force_download,
-                        token=token,
-                        local_files_only=local_files_only,
-                    )
-                )
-            except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
-                reason = str(error).splitlines()[0]
-                raise InputError(f"{model_id}: cannot be had from the hub: {reason}") from error
+            downloaded = hf_hub_download(
+                model_id,
+                WEIGHTS,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                token=token,
+                local_files_only=local_files_only,
+            )
+            path = Path(downloaded)
         found = read_checkpoint(path)
         model = cls(found.config)
         model.load_state_dict(build_model(found, str(path)).state_dict())

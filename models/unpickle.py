@@ -8,6 +8,7 @@ is not needed for tensors becomes an inert placeholder, so that the weights can 
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,10 +82,14 @@ def read_pickled(path: Path) -> Any:
     InputError, naming the file, if it is damaged or no such file.
     """
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_INERT)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of protocols and TorchScript
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:
+                return torch.load(
+                    path, map_location="cpu", weights_only=False, pickle_module=_INERT
+                )
     except (pickle.UnpicklingError, TypeError, *_ERRORS) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a checkpoint, or damaged: {reason}") from error
