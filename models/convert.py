@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from models.checkpoint import Checkpoint, build_model, read_checkpoint, save_checkpoint
-from models.errors import InputError
+from models.errors import InputError, one_line_warnings
 from models.files import whole_file, write_text
 from models.official import to_msst, to_official
 
@@ -123,12 +123,13 @@ def print_info(source: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    if arguments.command == "export":
-        export(arguments)
-    elif arguments.command == "info":
-        print_info(arguments.source)
-    else:
-        from models.registry import describe, fetch
+    with one_line_warnings():
+        if arguments.command == "export":
+            export(arguments)
+        elif arguments.command == "info":
+            print_info(arguments.source)
+        else:
+            from models.registry import describe, fetch
 
-        print(fetch(arguments.name) if arguments.name else describe())
+            print(fetch(arguments.name) if arguments.name else describe())
     return 0

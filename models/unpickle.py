@@ -8,6 +8,7 @@ is not needed for tensors becomes an inert placeholder, so that the weights can 
 from __future__ import annotations
 
 import pickle
+import struct
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -30,7 +31,20 @@ _ALLOWED |= {
     for name in dir(torch)
     if name.endswith("Storage") or isinstance(getattr(torch, name), torch.dtype)
 }
-_ERRORS = (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError)
+# What a damaged pickle or archive makes of either reader.
+_ERRORS = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 class Placeholder:
@@ -90,6 +104,6 @@ def read_pickled(path: Path) -> Any:
                 return torch.load(
                     path, map_location="cpu", weights_only=False, pickle_module=_INERT
                 )
-    except (pickle.UnpicklingError, TypeError, *_ERRORS) as error:
+    except _ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a checkpoint, or damaged: {reason}") from error

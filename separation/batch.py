@@ -76,10 +76,6 @@ class Batch:
             self._summarise(skipped, tried, failed, spent)
         return 2 if failed else 0
 
-    def show_warning(self, message: Warning | str, *_: object) -> None:
-        """In place of `warnings.showwarning`: one line that leaves the bar whole."""
-        tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
-
     def _separate(self, job: Job) -> str:
         """Separate one song; returns what was done, for people."""
         start = time.perf_counter()

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from models.errors import InputError, run_command
+from models.errors import InputError, one_line_warnings, run_command
 from separation.batch import Batch
 from separation.plan import (
     DEFAULT_NAME,
@@ -117,6 +116,11 @@ def print_plan(jobs: list[Job], problems: list[Problem], skips: bool) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    with one_line_warnings():
+        return run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> int:
     shard = Shard.from_environment()
     check_template(arguments.name)
     to_standard_output = arguments.output == STANDARD_INPUT
@@ -130,9 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         return print_plan(shard.take(jobs), problems * shard.is_first, arguments.skip_existing)
     shard.join()
     batch = Batch(separator, stems, FORMATS[arguments.format], arguments.downmix, shard)
-    with warnings.catch_warnings():
-        warnings.showwarning = batch.show_warning  # type: ignore[assignment]
-        return batch.run(shard.take(jobs), problems, arguments.skip_existing)
+    return batch.run(shard.take(jobs), problems, arguments.skip_existing)
 
 
 class _CallableModule(ModuleType):
