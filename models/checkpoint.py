@@ -98,11 +98,11 @@ def read_checkpoint(
     if isinstance(content, dict) and content.get("format") == FORMAT:
         if content.get("version", 0) > VERSION:
             raise InputError(f"{path}: written by a newer version of this project; update it")
-        try:
-            config = _config_from(content["config"], path)
-            return Checkpoint(config, content["state_dict"], content["training"])
-        except KeyError as error:
-            raise InputError(f"{path}: damaged: {error} is missing") from error
+        missing = {"config", "state_dict", "training"} - set(content)
+        if missing:
+            raise InputError(f"{path}: damaged: {min(missing)} is missing")
+        config = _config_from(content["config"], path)
+        return Checkpoint(config, content["state_dict"], content["training"])
     weights = plain_weights(content, str(path))
     if ema:
         weights = ema_weights(content, weights, str(path))
@@ -161,15 +161,20 @@ def _read_safetensors(path: Path) -> Checkpoint:
     return Checkpoint(infer_config(weights, str(path)), weights, {})
 
 
-def _config_from(values: dict[str, Any], path: Path) -> BSMamba2Config:
+def _config_from(values: Any, path: Path) -> BSMamba2Config:
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: its configuration cannot be used: it is no mapping")
     known = {field.name for field in fields(BSMamba2Config)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise InputError(
             f"{path}: configuration has the unknown key {unknown[0]}; update this project"
         )
-    # How the weights run is this machine's matter, not the file's.
-    return replace(BSMamba2Config(**values), scan_backend="auto")
+    try:
+        # How the weights run is this machine's matter, not the file's.
+        return replace(BSMamba2Config(**values), scan_backend="auto")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: its configuration cannot be used: {error}") from error
 
 
 def _difference(wanted: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> str:
