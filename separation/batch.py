@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.errors import InputError
+from separation.overlap_add import Chunk
 from separation.plan import Job, Problem
 from separation.reader import AudioStream, open_audio, probe_seconds
 from separation.separator import Separator
@@ -23,8 +24,11 @@ from separation.threads import ahead, drain
 from separation.writer import Format, Write, open_standard_output, open_writers
 
 BLOCKS_AHEAD = 8  # of 1.5 s: what is decoded while the network works
-PIECES_BEHIND = 2  # of a chunk: what is still to be encoded
+CHUNKS_BEHIND = 2  # what is still to be cross-faded and encoded
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
+
+
+Outputs = Iterator[tuple[Chunk, Tensor]]
 
 
 @dataclass
@@ -84,8 +88,7 @@ class Batch:
             song = SongSeparation(self.separator, stream, self.stems, self.downmix)
             inputs = ahead(song.inputs(), BLOCKS_AHEAD)
             try:
-                pieces = song.network(inputs, self._progress)
-                drain(pieces, self._writing(song, job), PIECES_BEHIND)
+                drain(song.network(inputs), self._writing(song, job), CHUNKS_BEHIND)
             finally:
                 inputs.close()  # type: ignore[attr-defined]
             seconds = song.frames / stream.rate
@@ -97,9 +100,9 @@ class Batch:
         )
         return "\n".join([head, *(f"  {path}" for path in job.paths)])
 
-    def _writing(self, song: SongSeparation, job: Job) -> Callable[[Iterator[Tensor]], None]:
-        def consume(pieces: Iterator[Tensor]) -> None:
-            blocks = song.outputs(pieces)  # n c t
+    def _writing(self, song: SongSeparation, job: Job) -> Callable[[Outputs], None]:
+        def consume(chunks: Outputs) -> None:
+            blocks = song.outputs(chunks, self._progress)  # n c t
             first = next(blocks)  # a song that cannot be read leaves no folder behind
             with self._open_output(song, job) as write:
                 write(first)

@@ -194,7 +194,7 @@ def _collect(
 ) -> dict[str, np.ndarray]:
     names = choose_stems(separator, stems)
     song = SongSeparation(separator, stream, names, downmix)
-    blocks = list(song.outputs(song.network(song.inputs(), progress)))  # n c t
+    blocks = list(song.outputs(song.network(song.inputs()), progress))  # n c t
     return dict(zip(names, np.concatenate(blocks, axis=-1), strict=True))
 
 

@@ -1,8 +1,8 @@
 """One song on its way through a separator, block by block: memory for a few chunks, any length.
 
     inputs    the song's blocks, checked, at the model's rate and channels
-    network   chunks of them, separated and cross-faded
-    outputs   stems at the song's own rate, channels and length
+    network   chunks of them, separated
+    outputs   stems, cross-faded, at the song's own rate, channels and length
 
 Each stage is a generator over the one before; they may run in threads of their own.
 """
@@ -20,7 +20,14 @@ from torch import Tensor
 
 from models.errors import InputError
 from separation.audio import check_finite
-from separation.overlap_add import Progress, separate_blocks
+from separation.overlap_add import (
+    Chunk,
+    Progress,
+    crossfade,
+    hop_frames,
+    separate_chunks,
+    split_chunks,
+)
 from separation.reader import AudioStream
 from separation.resampling import match_channels, resample_blocks, resampled_frames
 
@@ -81,6 +88,7 @@ class SongSeparation:
             raise InputError(f"{stream.name}: {error}") from error
         self.frames = 0  # read so far, at the song's rate
         self.network_seconds = 0.0
+        self._hop = hop_frames(separator.chunk_frames, separator.overlap)
         self._mixture: deque[np.ndarray] = deque()  # read, not yet returned
         self._needs_mixture = INSTRUMENTAL in stems and INSTRUMENTAL not in separator.stem_names
 
@@ -100,37 +108,34 @@ class SongSeparation:
         if not self.frames:
             raise InputError(f"{self.stream.name}: has 0 samples; nothing to separate")
 
-    def network(
-        self, inputs: Iterable[Tensor], progress: Progress | None = None
-    ) -> Iterator[Tensor]:
-        """Pieces [stem, channel, time] at the model's rate."""
+    def network(self, inputs: Iterable[Tensor]) -> Iterator[tuple[Chunk, Tensor]]:
+        """Chunks and their outputs [stem, channel, time] at the model's rate."""
         separator = self.separator
-        if separator.protocol == "paper":  # pads the end of a whole song
-            yield separator(torch.cat(list(inputs), dim=-1), progress)
+        if separator.protocol == "paper":  # pads the end of a whole song: one chunk for us
+            whole = torch.cat(list(inputs), dim=-1)
+            yield Chunk(whole, 0, is_first=True, is_last=True), separator(whole)
             return
-        pieces = separate_blocks(
-            self._timed,
-            inputs,
-            chunk_frames=separator.chunk_frames,
-            overlap=separator.overlap,
-            batch_size=separator.batch_size,
-        )
-        for piece in pieces:
-            yield piece
-            if progress is not None:
-                progress(piece.shape[-1])
+        chunks = split_chunks(inputs, separator.chunk_frames, self._hop)
+        yield from separate_chunks(self._timed, chunks, separator.batch_size)
 
-    def outputs(self, pieces: Iterable[Tensor]) -> Iterator[np.ndarray]:
+    def outputs(
+        self, chunks: Iterable[tuple[Chunk, Tensor]], progress: Progress | None = None
+    ) -> Iterator[np.ndarray]:
         """Blocks [stem, channel, time] of the chosen stems at the song's rate; their lengths sum
-        to the song's."""
+        to the song's.
+
+        progress: called with the samples finished, at the model's rate.
+        """
         config = self.separator.model.config
         names = self.separator.stem_names
 
         def flat() -> Iterator[np.ndarray]:
-            for piece in pieces:
+            for piece in crossfade(chunks, self.separator.chunk_frames, self._hop):
                 if self.channels < config.audio_channels:
                     piece = piece.mean(dim=1, keepdim=True)
                 yield piece.flatten(0, 1).numpy()  # n*c t
+                if progress is not None:
+                    progress(piece.shape[-1])
 
         rate = self.stream.rate
         resampled = resample_blocks(flat(), config.sample_rate, rate, lambda: self.frames)

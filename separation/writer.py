@@ -66,9 +66,9 @@ def open_writers(
 
     def write(block: np.ndarray) -> None:
         nonlocal peak
-        peak = max(peak, float(np.abs(block).max(initial=0)))
         if not form.is_float:
-            block = block.clip(-1, 1)
+            peak = max(peak, float(block.max(initial=0)), -float(block.min(initial=0)))
+            block = block.clip(-1, 1) if peak > 1 else block
         for one, stem in zip(writers, block, strict=True):
             one(stem)
 
@@ -77,7 +77,7 @@ def open_writers(
             stack.enter_context(_open_writer(path, form, rate, channels, frames)) for path in paths
         ]
         yield write
-    if peak > 1 and not form.is_float:
+    if peak > 1:
         warnings.warn(
             f"{paths[0].parent}: clipped, the peak is {peak:.2f} of full scale; "
             "--format float does not clip",

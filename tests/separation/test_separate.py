@@ -114,7 +114,7 @@ def test_separator_is_reused_and_options_reach_it(checkpoint, song) -> None:
     paper = Separator.from_checkpoint(checkpoint, "cpu", chunk_seconds=0.1, protocol="paper")
     counts.clear()
     separate(song(seconds=0.45), paper, progress=counts.append)
-    assert counts == [4410] * 4 + [2205]
+    assert sum(counts) == 4 * 4410 + 2205
 
 
 @pytest.mark.parametrize(

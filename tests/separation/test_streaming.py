@@ -15,6 +15,7 @@ from torch import Tensor
 from models import BSMamba2, BSMamba2Config
 from models.errors import InputError
 from separation import Separator
+from separation.overlap_add import Chunk
 from separation.reader import AudioStream
 from separation.streaming import SongSeparation, choose_stems
 
@@ -132,10 +133,10 @@ def test_the_first_output_takes_one_chunk_of_work() -> None:
     separator = identity(chunk_seconds=1.0, batch_size=4)
     song = SongSeparation(separator, AudioStream("song", RATE, 2, None, blocks()), ["vocals"])
 
-    def counted() -> Iterator[Tensor]:
-        for piece in song.network(song.inputs()):
-            calls.append(piece.shape[-1])
-            yield piece
+    def counted() -> Iterator[tuple[Chunk, Tensor]]:
+        for chunk, output in song.network(song.inputs()):
+            calls.append(output.shape[-1])
+            yield chunk, output
 
     first = next(song.outputs(counted()))
     assert first.shape[-1] == round(0.75 * RATE)
