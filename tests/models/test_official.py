@@ -142,6 +142,7 @@ def test_a_bare_malicious_pickle_is_refused(tmp_path: Path, monkeypatch) -> None
     assert not Path("executed").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_torchscript_archive_is_not_loaded(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), buffer)
