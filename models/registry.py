@@ -7,6 +7,7 @@ Files are kept in $BSMAMBA2_CACHE, else in ~/.cache/bsmamba2.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import urllib.error
@@ -96,7 +97,7 @@ def fetch(name: str, registry: Path = REGISTRY) -> Path:
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         _download(entry.address, part, entry)
-    except (urllib.error.URLError, OSError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", error)
         raise InputError(
             f"model {name!r}: {entry.address}: {reason}; run again to go on with the download"
