@@ -1,13 +1,16 @@
-"""Reading and writing weights: our checkpoints, safetensors, and the authors' Lightning files.
+"""Reading and writing weights: our checkpoints, safetensors, and the files of others.
 
-Reading never executes pickled code (`weights_only=True`).
+    python -m models.checkpoint export runs/x/checkpoints/best.pt vocals.safetensors
+    python -m models.checkpoint export best.pt vocals.ckpt --to official
+    python -m models.checkpoint info official.ckpt
+    python -m models.checkpoint download msst-vocals
+
+Reading never executes pickled code.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,10 +22,13 @@ from torch import Tensor
 from models.bsmamba2 import BSMamba2, BSMamba2Config
 from models.errors import InputError
 from models.files import whole_file
+from models.official import OUR_CONFIG, ema_weights, infer_config, msst_config, plain_weights
+from models.unpickle import read_pickled
+
+__all__ = ["Checkpoint", "infer_config", "load_checkpoint", "read_checkpoint", "save_checkpoint"]
 
 FORMAT = "bsmamba2"
 VERSION = 1
-PREFIXES = ("model.", "module.", "_orig_mod.")  # Lightning, DistributedDataParallel, torch.compile
 
 
 @dataclass
@@ -69,8 +75,16 @@ def save_checkpoint(
             torch.save(content | {"state_dict": tensors, "training": training or {}}, temporary)
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, msst_yaml: str | Path | None = None, ema: bool = False
+) -> Checkpoint:
     """Read any file that holds BSMamba2 weights.
+
+    Args:
+        path: our `.pt`, `.safetensors`, the authors' Lightning `.ckpt`, MSST's `.ckpt` or `.pth`.
+        msst_yaml: the configuration beside MSST's weights; a file of the same name but `.yaml`
+            is found by itself.
+        ema: of the authors' files take the averaged weights; their state dict is the raw ones.
 
     Raises:
         InputError: the file is missing, damaged, or holds something else.
@@ -80,18 +94,25 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise InputError(f"{path}: no such checkpoint")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a checkpoint, or damaged: {reason}") from error
+    content = read_pickled(path)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         if content.get("version", 0) > VERSION:
             raise InputError(f"{path}: written by a newer version of this project; update it")
+        missing = {"config", "state_dict", "training"} - set(content)
+        if missing:
+            raise InputError(f"{path}: damaged: {min(missing)} is missing")
         config = _config_from(content["config"], path)
         return Checkpoint(config, content["state_dict"], content["training"])
-    weights = _plain_weights(content, path)
-    return Checkpoint(infer_config(weights, str(path)), weights, {})
+    weights = plain_weights(content, str(path))
+    if ema:
+        weights = ema_weights(content, weights, str(path))
+    if isinstance(content.get(OUR_CONFIG), dict):
+        return Checkpoint(_config_from(content[OUR_CONFIG], path), weights, {})
+    config = infer_config(weights, str(path))
+    beside = path.with_suffix(".yaml") if msst_yaml is None else Path(msst_yaml)
+    if msst_yaml is not None or beside.is_file():
+        config = msst_config(beside, config)
+    return Checkpoint(config, weights, {})
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> BSMamba2:
@@ -100,63 +121,25 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> BSM
     Raises:
         InputError: the file is missing, damaged, or of another architecture.
     """
-    found = read_checkpoint(path)
+    return build_model(read_checkpoint(path), str(path)).to(device).eval()
+
+
+def build_model(found: Checkpoint, source: str) -> BSMamba2:
+    """The network of a checkpoint, on the CPU.
+
+    Raises:
+        InputError: a weight is missing, misshapen or none of the network's.
+    """
     # The network is built without memory, then takes the tensors of the file.
     with torch.device("meta"):
         model = BSMamba2(found.config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in found.state_dict.items()}
     if wanted != given:
-        raise InputError(f"{path}: {_difference(wanted, given)}")
+        raise InputError(f"{source}: {_difference(wanted, given)}")
     model.load_state_dict(found.state_dict, assign=True)
     model.window = torch.hann_window(found.config.n_fft)
-    return model.to(device).eval()
-
-
-def infer_config(weights: Mapping[str, Tensor], source: str) -> BSMamba2Config:
-    """The configuration that the shapes of the authors' weight names imply.
-
-    STFT hop and sample rate leave no trace in the weights: the paper's are taken.
-
-    Raises:
-        InputError: the names or shapes are of another architecture.
-    """
-
-    def count(pattern: str) -> int:
-        found = [re.match(pattern, name) for name in weights]
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
-
-    mixer = "layers.0.0.forward_blocks.0.mixer"
-    try:
-        dim = weights["final_norm.gamma"].shape[0]
-        nheads = weights[f"{mixer}.A_log"].shape[0]
-        d_inner = weights[f"{mixer}.norm.weight"].shape[0]
-        channels, _, d_conv = weights[f"{mixer}.conv1d.weight"].shape
-        bands = count(r"band_split\.to_features\.(\d+)\.")
-        sizes = [weights[f"band_split.to_features.{k}.0.gamma"].shape[0] for k in range(bands)]
-    except (KeyError, ValueError) as error:
-        raise InputError(
-            f"{source}: weights of another architecture than BSMamba2 ({error} is missing)"
-        ) from error
-    stems = count(r"mask_estimators\.(\d+)\.")
-    names = ("vocals",) if stems == 1 else tuple(f"stem{i + 1}" for i in range(stems))
-    # 1025 bins of a channel and its two parts: the channels follow from the paper's n_fft.
-    audio_channels = max(1, sum(sizes) // (2 * 1025))
-    widths = tuple(size // (2 * audio_channels) for size in sizes)
-    return BSMamba2Config(
-        dim=dim,
-        depth=count(r"layers\.(\d+)\."),
-        d_state=(channels - d_inner) // 2,
-        d_conv=d_conv,
-        expand=d_inner // dim,
-        headdim=d_inner // nheads,
-        num_stems=stems,
-        audio_channels=audio_channels,
-        n_fft=2 * (sum(widths) - 1),
-        mask_estimator_depth=1 + count(r"mask_estimators\.0\.to_freqs\.0\.0\.(\d+)\.") // 2,
-        stem_names=names,
-        band_widths=widths,
-    )
+    return model
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
@@ -169,36 +152,29 @@ def _read_safetensors(path: Path) -> Checkpoint:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a safetensors file, or damaged: {error}") from error
     if metadata.get("format") == FORMAT:
-        return Checkpoint(_config_from(json.loads(metadata["config"]), path), weights, {})
-    weights = _plain_weights(weights, path)
+        try:
+            values = json.loads(metadata["config"])
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{path}: its metadata hold no configuration ({error})") from error
+        return Checkpoint(_config_from(values, path), weights, {})
+    weights = plain_weights(weights, str(path))
     return Checkpoint(infer_config(weights, str(path)), weights, {})
 
 
-def _config_from(values: dict[str, Any], path: Path) -> BSMamba2Config:
+def _config_from(values: Any, path: Path) -> BSMamba2Config:
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: its configuration cannot be used: it is no mapping")
     known = {field.name for field in fields(BSMamba2Config)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise InputError(
             f"{path}: configuration has the unknown key {unknown[0]}; update this project"
         )
-    # How the weights run is this machine's matter, not the file's.
-    return replace(BSMamba2Config(**values), scan_backend="auto")
-
-
-def _plain_weights(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict of a foreign file, without wrappers' prefixes."""
-    for key in ("state_dict", "state"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    tensors = isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())
-    if not tensors or not content:
-        raise InputError(f"{path}: holds no weights; give a checkpoint of BSMamba2")
-    weights = dict(content)
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
+    try:
+        # How the weights run is this machine's matter, not the file's.
+        return replace(BSMamba2Config(**values), scan_backend="auto")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: its configuration cannot be used: {error}") from error
 
 
 def _difference(wanted: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> str:
@@ -208,3 +184,10 @@ def _difference(wanted: dict[str, tuple[int, ...]], given: dict[str, tuple[int, 
         if wanted[name] != given[name]:
             return f"{name} has shape {given[name]}, {wanted[name]} is needed"
     return f"the weight {sorted(set(given) - set(wanted))[0]} is none of BSMamba2's"
+
+
+if __name__ == "__main__":
+    from models.convert import main
+    from models.errors import run_command
+
+    run_command(main)

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 
 class InputError(ValueError):
     """Bad input: the message is one line that names the file or key and the remedy."""
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Warnings as people read them: `warning: ...` on standard error, above any tqdm bar."""
+    from tqdm import tqdm
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import lru_cache
+from itertools import chain, islice, repeat
 
 import torch
 from torch import Tensor
@@ -44,8 +45,12 @@ def hop_frames(chunk_frames: int, overlap: float) -> int:
     return max(1, chunk_frames - round(chunk_frames * overlap))
 
 
+@lru_cache(maxsize=8)
 def chunk_window(frames: int, shared: int, is_first: bool, is_last: bool) -> Tensor:
-    """Weights [time] of a chunk of `frames` samples that shares `shared` with its neighbours."""
+    """Weights [time] of a chunk of `frames` samples that shares `shared` with its neighbours.
+
+    Kept for the next chunk: not to be changed in place.
+    """
     window = torch.ones(frames, dtype=torch.float64)
     context = shared // 4
     steps = torch.arange(shared, dtype=torch.float64) + 0.5 - context
@@ -65,18 +70,24 @@ def split_chunks(blocks: Iterable[Tensor], chunk_frames: int, hop: int) -> Itera
     when the whole signal is shorter: the last one reaches back for real context, never into
     padding.
     """
-    buffer = None  # from the start of the last chunk that was yielded
+    pending: list[Tensor] = []  # from the start of the last chunk that was yielded
+    frames = 0  # in them
     advance = 0  # from there to the start of the next
     for block in blocks:
-        buffer = block if buffer is None else torch.cat([buffer, block], dim=-1)
-        while buffer.shape[-1] > advance + chunk_frames:
-            buffer = buffer[:, advance:]
+        pending.append(block)
+        frames += block.shape[-1]
+        while frames > advance + chunk_frames:
+            buffer = _join(pending)[:, advance:]
             yield Chunk(buffer[:, :chunk_frames], 0, is_first=advance == 0, is_last=False)
-            advance = hop
-    if buffer is not None and buffer.shape[-1]:
-        audio = buffer[:, -chunk_frames:]
-        skip = audio.shape[-1] - (buffer.shape[-1] - advance)
+            pending, frames, advance = [buffer], buffer.shape[-1], hop
+    if frames:
+        audio = _join(pending)[:, -chunk_frames:]
+        skip = audio.shape[-1] - (frames - advance)
         yield Chunk(audio, skip, is_first=advance == 0, is_last=True)
+
+
+def _join(blocks: list[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 
 def separate_blocks(
@@ -94,21 +105,36 @@ def separate_blocks(
     """
     hop = hop_frames(chunk_frames, overlap)
     chunks = split_chunks(blocks, chunk_frames, hop)
-    total = weight = torch.zeros(0)
-    while batch := list(islice(chunks, max(1, batch_size))):
+    return crossfade(separate_chunks(network, chunks, batch_size), chunk_frames, hop)
+
+
+def separate_chunks(
+    network: Network, chunks: Iterator[Chunk], batch_size: int = 1
+) -> Iterator[tuple[Chunk, Tensor]]:
+    """Each chunk with the network's output for it [stem, channel, time]."""
+    sizes = chain([1], repeat(max(1, batch_size)))  # the first chunk does not wait for others
+    while batch := list(islice(chunks, next(sizes))):
         outputs = network(torch.stack([chunk.audio for chunk in batch]))  # b n c t
-        for chunk, output in zip(batch, outputs, strict=True):
-            piece = output[..., chunk.skip :]
-            frames = piece.shape[-1]
-            window = chunk_window(frames, chunk_frames - hop, chunk.is_first, chunk.is_last)
-            window = window.to(piece)
-            if chunk.is_first:
-                total, weight = piece.new_zeros(piece.shape), window.new_zeros(frames)
-            total = _add(total, piece * window)
-            weight = _add(weight, window)
-            done = frames if chunk.is_last else hop
-            yield total[..., :done] / weight[:done]
-            total, weight = total[..., done:], weight[done:]
+        yield from zip(batch, outputs, strict=True)
+
+
+def crossfade(
+    outputs: Iterable[tuple[Chunk, Tensor]], chunk_frames: int, hop: int
+) -> Iterator[Tensor]:
+    """Overlap-add: outputs of chunks [stem, channel, time] -> finished pieces of the signal."""
+    total = weight = torch.zeros(0)
+    for chunk, output in outputs:
+        piece = output[..., chunk.skip :]
+        frames = piece.shape[-1]
+        window = chunk_window(frames, chunk_frames - hop, chunk.is_first, chunk.is_last)
+        window = window.to(piece)
+        if chunk.is_first:
+            total, weight = piece.new_zeros(piece.shape), window.new_zeros(frames)
+        total = _add(total, piece * window)
+        weight = _add(weight, window)
+        done = frames if chunk.is_last else hop
+        yield total[..., :done] / weight[:done]
+        total, weight = total[..., done:], weight[done:]
 
 
 def separate_waveform(
@@ -167,9 +193,8 @@ def _add(total: Tensor, piece: Tensor) -> Tensor:
     """Sum of two signals that start together, as long as the longer one."""
     if piece.shape[-1] < total.shape[-1]:
         total, piece = piece, total
-    result = piece.clone()
-    result[..., : total.shape[-1]] += total
-    return result
+    shared = total.shape[-1]
+    return torch.cat([piece[..., :shared] + total, piece[..., shared:]], dim=-1)
 
 
 def _require_samples(waveform: Tensor) -> None:

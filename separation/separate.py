@@ -1,123 +1,140 @@
 """Separate songs into stems.
 
-    python -m separation.separate song.wav --checkpoint runs/x/checkpoints/best.pt -o separated/
+    python -m separation.separate song.mp3 music/ --checkpoint runs/x/checkpoints/best.pt -o stems/
 
-writes separated/song/vocals.wav and separated/song/instrumental.wav (the mixture minus vocals) at
-the rate, length and channels of song.wav, as float wav: stems sum to the song.
+writes stems/song/vocals.wav and stems/song/instrumental.wav (the mixture minus vocals), and the
+same for every song in music/, mirroring its folders, at each song's own rate, length and
+channels, as float wav: stems sum to the song. Songs of any length pass in the memory of a few
+chunks. "-" is standard input or output:
+
+    curl -s $URL | python -m separation.separate - -c best.pt -o - --stems vocals | ffplay -
+
+Many GPUs, restartable: torchrun --nproc-per-node 8 -m separation.separate ... --skip-existing
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tqdm import tqdm
-
-from models.errors import InputError, run_command
-from separation.audio import load_audio, write_wav
+from models.errors import InputError, one_line_warnings, run_command
+from separation.batch import Batch
+from separation.plan import (
+    DEFAULT_NAME,
+    STANDARD_INPUT,
+    Job,
+    Problem,
+    check_template,
+    find_songs,
+    plan_jobs,
+    require_writable,
+)
 from separation.separator import DEVICES, DTYPES, Separator, separate
+from separation.sharding import Shard
+from separation.streaming import choose_stems
+from separation.writer import FORMATS
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m separation.separate", description="Separate songs into stems."
+        prog="python -m separation.separate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("songs", nargs="+", type=Path, metavar="FILE", help="audio files")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="weights of a BSMamba2")
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("separated"), help="folder (default: separated)"
-    )
-    parser.add_argument("--device", default="auto", choices=DEVICES)
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA")
-    parser.add_argument(
-        "--overlap", type=float, default=0.25, help="share of a chunk that the next repeats"
-    )
-    parser.add_argument("--chunk-seconds", type=float, default=8.0, help="length of a chunk")
-    parser.add_argument("--batch-size", type=int, default=1, help="chunks at once")
+    add = parser.add_argument
+    add("songs", nargs="+", metavar="FILE|DIR", help='audio files, folders of them, or "-"')
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("-c", "--checkpoint", type=Path, help="weights of a BSMamba2")
+    weights.add_argument("--model", metavar="NAME", help="known weights: models/registry.json")
+    add("-o", "--output", default="separated", metavar="DIR", help="(default: separated)")
+    add("--stems", metavar="A,B", help="only these, as vocals,instrumental (default: all)")
+    add("--format", default="float", choices=FORMATS, help="(default: float, a 32-bit wav)")
+    add("--name", default=DEFAULT_NAME, metavar="TEMPLATE",
+        help="of {track} {stem} {ext} {suffix} (default: %(default)s)")  # fmt: skip
+    add("--device", default="auto", help=f"{', '.join(DEVICES)} or cuda:1 (default: auto)")
+    add("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA")
+    add("--overlap", type=float, default=0.25, help="share of a chunk that the next repeats")
+    add("--chunk-seconds", type=float, default=8.0, help="length of a chunk (default: 8)")
+    add("--batch-size", type=batch_size, default="auto", metavar="N",
+        help="chunks at once; halves when memory runs out (default: auto)")  # fmt: skip
+    add("--downmix", action="store_true", help="take songs of more than two channels, mixed down")
+    add("--skip-existing", action="store_true", help="leave out songs whose stems are all there")
+    add("--dry-run", action="store_true", help="print what would be written, and stop")
     return parser.parse_args(argv)
 
 
-def plan_outputs(songs: list[Path], output: Path) -> dict[Path, Path]:
-    """Each song's folder. Raises InputError if two would share one."""
-    folders: dict[Path, Path] = {}
-    for song in songs:
-        folder = output / song.stem
-        if folder in folders.values():
-            other = next(path for path, taken in folders.items() if taken == folder)
-            raise InputError(f"{song} and {other}: both would write {folder}; rename one")
-        folders[song] = folder
-    return folders
+def batch_size(text: str) -> int | str:
+    """`auto` or a number; argparse turns a ValueError into its usage message."""
+    return text if text == "auto" else int(text)
 
 
-def require_file_names(stems: tuple[str, ...]) -> None:
-    """Raise InputError if a stem, named by a checkpoint, would be written outside its folder."""
-    for stem in stems:
-        if not stem or Path(stem).name != stem:
-            raise InputError(f"stem {stem!r} of the checkpoint: not usable as a file name")
+def load_separator(arguments: argparse.Namespace, shard: Shard) -> Separator:
+    checkpoint = arguments.checkpoint
+    if arguments.model is not None:
+        from models.registry import fetch
 
-
-def require_writable(output: Path) -> None:
-    """Raise InputError, before any work, if nothing can be written under the folder."""
-    probe = output / f".write-test-{time.time_ns()}"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"{output}: cannot be written ({error.strerror}); choose another --output"
-        ) from error
-
-
-def separate_song(separator: Separator, song: Path, folder: Path) -> str:
-    """Separate one file, write its stems into `folder`; returns what was done, for people."""
-    start = time.perf_counter()
-    audio, rate = load_audio(song)
-    seconds = audio.shape[-1] / rate
-    frames = round(seconds * separator.model.config.sample_rate)
-    with tqdm(total=frames, desc=song.name, unit=" samples", unit_scale=True, disable=None) as bar:
-        try:
-            stems = separator.separate_audio(audio, rate, bar.update)
-        except InputError as error:
-            raise InputError(f"{song}: {error}") from error
-    lines = []
-    for name, stem in stems.items():
-        write_wav(folder / f"{name}.wav", stem, rate)
-        lines.append(f"  {folder / name}.wav")
-    spent = time.perf_counter() - start
-    head = f"{song}: {seconds:.1f} s in {spent:.1f} s (real-time factor {spent / seconds:.2f})"
-    return "\n".join([head, *lines])
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    folders = plan_outputs(arguments.songs, arguments.output)
-    require_writable(arguments.output)
-    separator = Separator.from_checkpoint(
-        arguments.checkpoint,
-        arguments.device,
+        checkpoint = fetch(arguments.model)
+    return Separator.from_checkpoint(
+        checkpoint,
+        shard.device(arguments.device),
         chunk_seconds=arguments.chunk_seconds,
         overlap=arguments.overlap,
         batch_size=arguments.batch_size,
         dtype=arguments.dtype,
     )
-    require_file_names(separator.stem_names)
-    failed = 0
-    for song, folder in folders.items():
-        try:
-            print(separate_song(separator, song, folder))
-        except InputError as error:
-            if len(folders) == 1:
-                raise
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            failed += 1
-    if failed:
-        print(f"{len(folders) - failed} of {len(folders)} songs separated")
-    return 2 if failed else 0
+
+
+def plan(
+    arguments: argparse.Namespace, separator: Separator, stems: tuple[str, ...]
+) -> tuple[list[Job], list[Problem]]:
+    """The jobs of all processes, and one line for every song that cannot be one."""
+    songs, problems = find_songs(arguments.songs, Path(arguments.output))
+    if arguments.output == STANDARD_INPUT:
+        if len(songs) != 1 or problems:
+            raise InputError("standard output takes one song; give --output a folder")
+        if len(stems) != 1:
+            raise InputError(f"standard output takes one stem: --stems {stems[0]}")
+        return [Job(songs[0], ())], []
+    extension = FORMATS[arguments.format].extension
+    jobs, collisions = plan_jobs(songs, stems, Path(arguments.output), arguments.name, extension)
+    return jobs, problems + collisions
+
+
+def print_plan(jobs: list[Job], problems: list[Problem], skips: bool) -> int:
+    """--dry-run: every file that would be written; returns the exit code."""
+    for job in jobs:
+        print(f"{job.song.source}:" + (" exists, skipped" if skips and job.is_done else ""))
+        for path in job.paths:
+            print(f"  {path}")
+    for problem in problems:
+        print(f"error: {problem.text}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    with one_line_warnings():
+        return run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    shard = Shard.from_environment()
+    check_template(arguments.name)
+    to_standard_output = arguments.output == STANDARD_INPUT
+    if not to_standard_output and not arguments.dry_run:
+        require_writable(Path(arguments.output))
+    separator = load_separator(arguments, shard)
+    wanted = arguments.stems.split(",") if arguments.stems is not None else None
+    stems = choose_stems(separator, wanted)
+    jobs, problems = plan(arguments, separator, stems)
+    if arguments.dry_run:
+        return print_plan(shard.take(jobs), problems * shard.is_first, arguments.skip_existing)
+    shard.join()
+    batch = Batch(separator, stems, FORMATS[arguments.format], arguments.downmix, shard)
+    return batch.run(shard.take(jobs), problems, arguments.skip_existing)
 
 
 class _CallableModule(ModuleType):

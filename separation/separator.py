@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,15 @@ from torch import Tensor
 from models import BSMamba2, load_checkpoint
 from models.errors import InputError
 from models.graphs import GraphedNetwork
-from separation.audio import check_audio, load_audio, resample
+from separation.audio import check_audio
 from separation.overlap_add import Progress, hop_frames, separate_paper, separate_waveform
+from separation.reader import BLOCK_FRAMES, AudioStream, open_audio
+from separation.streaming import SongSeparation, choose_stems
 
 PROTOCOLS = ("ours", "paper")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16")
+AUTO_BATCH = {"cuda": 8}  # chunks at once; elsewhere one: more are no faster on a CPU
 
 
 def pick_device(name: str) -> torch.device:
@@ -47,6 +51,7 @@ class Separator:
     """Separates waveforms of any length with one model.
 
     protocol: `ours` cross-fades chunks that overlap; `paper` joins chunks that do not.
+    batch_size: chunks at once; halved, with a warning, whenever memory runs out.
     dtype: of the matrix products, under autocast; weights stay float32. `auto` is what
     training uses: bfloat16 on CUDA, float32 elsewhere.
     Raises InputError, naming the field, for a value that cannot work.
@@ -60,6 +65,7 @@ class Separator:
     protocol: str = "ours"
     dtype: str = "auto"
     _graphed: GraphedNetwork = field(init=False, repr=False, compare=False)
+    _batch_limit: list[int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -73,14 +79,18 @@ class Separator:
         hop_frames(self.chunk_frames, self.overlap)
         # Chunks have one shape: on CUDA the network is recorded once and replayed.
         object.__setattr__(self, "_graphed", GraphedNetwork(self.model))
+        object.__setattr__(self, "_batch_limit", [self.batch_size])
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str = "auto", **options: Any) -> Separator:
         """Load a checkpoint in eval mode on `device`; `options` are the other fields.
 
+        `batch_size` may be "auto": many chunks at once on CUDA, one elsewhere.
         Raises InputError if the file is no checkpoint of this network or the device is missing.
         """
         chosen = pick_device(device)
+        if options.get("batch_size") == "auto":
+            options["batch_size"] = AUTO_BATCH.get(chosen.type, 1)
         return cls(load_checkpoint(path, device=chosen), chosen, **options)
 
     @property
@@ -103,7 +113,7 @@ class Separator:
         else:
             cut = partial(separate_waveform, overlap=self.overlap)
         return cut(
-            self._network,
+            self.network,
             waveform,
             chunk_frames=self.chunk_frames,
             batch_size=self.batch_size,
@@ -111,39 +121,81 @@ class Separator:
         )
 
     def separate_audio(
-        self, audio: np.ndarray, rate: int, progress: Progress | None = None
+        self,
+        audio: np.ndarray,
+        rate: int,
+        progress: Progress | None = None,
+        stems: Sequence[str] | None = None,
+        downmix: bool = False,
+        name: str = "waveform",
     ) -> dict[str, np.ndarray]:
         """Separate [channel, time] of any rate, mono or stereo -> stems of the same form.
 
         If the model has vocals, `instrumental` is the mixture minus vocals, sample by sample.
-        Raises InputError for any other number of channels.
+        stems: the ones wanted, of the model's and `instrumental`; None is all.
+        downmix: take more than two channels too, mixed down.
+        Raises InputError, naming `name`, for any other number of channels, no samples, NaN.
         """
-        config = self.model.config
-        channels, frames = audio.shape
-        if channels not in (1, config.audio_channels):
-            raise InputError(
-                f"{channels} channels: the model takes 1 or {config.audio_channels}; "
-                "mix it down first"
-            )
-        model_frames = max(1, round(frames * config.sample_rate / rate))
-        mixture = resample(audio, rate, config.sample_rate, model_frames)
-        if channels < config.audio_channels:
-            mixture = np.repeat(mixture, config.audio_channels, axis=0)
-        outputs = self(torch.from_numpy(mixture), progress).numpy()  # n c t
-        if channels < config.audio_channels:
-            outputs = outputs.mean(axis=1, keepdims=True)
-        stems = {
-            name: resample(output, config.sample_rate, rate, frames)
-            for name, output in zip(self.stem_names, outputs, strict=True)
-        }
-        if "vocals" in stems and "instrumental" not in stems:
-            stems["instrumental"] = audio - stems["vocals"]
-        return stems
+        check_audio(audio, rate, name)
+        blocks = (
+            audio[:, start : start + BLOCK_FRAMES]
+            for start in range(0, audio.shape[1], BLOCK_FRAMES)
+        )
+        stream = AudioStream(name, rate, audio.shape[0], audio.shape[1], blocks)
+        return _collect(self, stream, progress, stems, downmix)
 
-    def _network(self, batch: Tensor) -> Tensor:
+    def network(self, batch: Tensor) -> Tensor:
+        """Separate chunks [batch, channel, time] -> float32 [batch, stem, channel, time], on the
+        CPU. Raises InputError if not even one chunk fits into memory."""
+        outputs: list[Tensor] = []
+        done = 0
+        while done < len(batch):
+            size = self._batch_limit[0]
+            try:
+                outputs.append(self._run(batch[done : done + size]))
+                done += size
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._halve_batch(min(size, len(batch)))
+        return torch.cat(outputs)
+
+    def _run(self, batch: Tensor) -> Tensor:
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.uses_bfloat16)
         with torch.inference_mode(), autocast:
             return self._graphed(batch.to(self.device)).float().cpu()
+
+    def _halve_batch(self, size: int) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if size == 1:
+            raise InputError(
+                f"out of memory on {self.device} with one chunk of {self.chunk_seconds:g} s; "
+                "lower --chunk-seconds, or use --device cpu"
+            )
+        self._batch_limit[0] = size // 2
+        warnings.warn(
+            f"out of memory with {size} chunks at once; going on with {size // 2}", stacklevel=3
+        )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """The allocators of the CPU and of MPS raise a plain RuntimeError."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(w in str(error) for w in words)
+
+
+def _collect(
+    separator: Separator,
+    stream: AudioStream,
+    progress: Progress | None,
+    stems: Sequence[str] | None,
+    downmix: bool,
+) -> dict[str, np.ndarray]:
+    names = choose_stems(separator, stems)
+    song = SongSeparation(separator, stream, names, downmix)
+    blocks = list(song.outputs(song.network(song.inputs()), progress))  # n c t
+    return dict(zip(names, np.concatenate(blocks, axis=-1), strict=True))
 
 
 def separate(
@@ -152,26 +204,26 @@ def separate(
     *,
     sample_rate: int | None = None,
     progress: Progress | None = None,
+    stems: Sequence[str] | None = None,
+    downmix: bool = False,
     **options: Any,
 ) -> dict[str, np.ndarray]:
     """Separate a song into its stems, float32 [channel, time] at its own rate and length.
 
     audio: a file, or a waveform [channel, time] or [time] with its `sample_rate` in Hz.
     checkpoint: a file, or a `Separator` that is already loaded.
+    stems, downmix: see `Separator.separate_audio`.
     options: fields of `Separator` (`device`, `overlap`, ...), if `checkpoint` is a file.
     Raises InputError for bad audio, a bad checkpoint or an impossible option.
     """
-    if isinstance(audio, (str, Path)):
-        name, (waveform, rate) = str(audio), load_audio(audio)
-    else:
-        if sample_rate is None:
-            raise InputError("separate: give the sample_rate of the waveform")
-        waveform = np.atleast_2d(np.asarray(audio, dtype=np.float32))
-        name, rate = "waveform", sample_rate
-        check_audio(waveform, rate, name)
     if not isinstance(checkpoint, Separator):
         checkpoint = Separator.from_checkpoint(checkpoint, **options)
-    try:
-        return checkpoint.separate_audio(waveform, rate, progress)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
+    elif options:
+        raise InputError(f"{next(iter(options))}: set it where the Separator is made")
+    if isinstance(audio, (str, Path)):
+        with open_audio(audio) as stream:
+            return _collect(checkpoint, stream, progress, stems, downmix)
+    if sample_rate is None:
+        raise InputError("separate: give the sample_rate of the waveform")
+    waveform = np.atleast_2d(np.asarray(audio, dtype=np.float32))
+    return checkpoint.separate_audio(waveform, sample_rate, progress, stems, downmix)

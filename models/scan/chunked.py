@@ -115,7 +115,7 @@ class _Decay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, entry: Tensor) -> Tensor:
         decay = entry[..., :, None] - entry[..., None, :]
-        decay.clamp_(LOG_DECAY_FLOOR, 0).exp_().tril_()
+        decay.clamp_(LOG_DECAY_FLOOR, 0.0).exp_().tril_()
         ctx.save_for_backward(decay)
         return decay
 

@@ -11,7 +11,8 @@ import pytest
 import soundfile
 
 from models.errors import InputError
-from separation.audio import load_audio, resample, write_wav
+from separation.audio import load_audio
+from separation.writer import write_wav
 
 
 def sine(rate: int, seconds: float = 1.0, frequency: float = 1000.0) -> np.ndarray:
@@ -92,39 +93,3 @@ def test_nan_is_reported_with_its_time(tmp_path: Path) -> None:
     write_wav(tmp_path / "a.wav", audio, 1000)
     with pytest.raises(InputError, match=r"a\.wav: has NaN or infinite samples .*0\.500 s"):
         load_audio(tmp_path / "a.wav")
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "a.wav"
-    write_wav(path, np.ones((2, 10)), 44100)
-    before = path.read_bytes()
-
-    def disk_fills(file: Path, *args: object, **kwargs: object) -> None:
-        Path(file).write_bytes(b"RIFF half")
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(soundfile, "write", disk_fills)
-        with pytest.raises(InputError, match=r"a\.wav: cannot be written .*No space left"):
-            write_wav(path, np.ones((2, 10)), 44100)
-    assert path.read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.wav"]
-    with pytest.raises(InputError, match="cannot be written"):
-        write_wav(path / "b.wav", np.ones((2, 10)), 44100)
-
-
-@pytest.mark.parametrize("rate", [22050, 48000, 96000])
-def test_resampling_keeps_a_tone(rate: int) -> None:
-    resampled = resample(sine(rate), rate, 44100)
-    assert resampled.shape == (2, 44100)
-    middle = slice(2000, -2000)
-    assert np.abs(resampled[:, middle] - sine(44100)[:, middle]).max() < 1e-4
-
-
-def test_resample_cuts_or_pads_to_length() -> None:
-    audio = np.ones((2, 10), np.float32)
-    assert resample(audio, 44100, 44100, 7).shape == (2, 7)
-    padded = resample(audio, 44100, 44100, 12)
-    np.testing.assert_array_equal(padded, [[1] * 10 + [0, 0]] * 2)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +20,8 @@ from models.checkpoint import save_checkpoint
 from models.errors import InputError
 from separation import Separator, separate
 from separation.separate import main
+
+from .conftest import ROOT
 
 
 def read(path: Path) -> tuple[np.ndarray, int]:
@@ -107,7 +114,7 @@ def test_separator_is_reused_and_options_reach_it(checkpoint, song) -> None:
     paper = Separator.from_checkpoint(checkpoint, "cpu", chunk_seconds=0.1, protocol="paper")
     counts.clear()
     separate(song(seconds=0.45), paper, progress=counts.append)
-    assert counts == [4410] * 4 + [2205]
+    assert sum(counts) == 4 * 4410 + 2205
 
 
 @pytest.mark.parametrize(
@@ -169,7 +176,7 @@ def test_other_songs_go_on_after_a_bad_one(
     assert main(list(map(str, arguments))) == 2
     captured = capsys.readouterr()
     assert captured.err.splitlines() == [f"error: {bad}: has 0 samples; nothing to separate"]
-    assert "2 of 3 songs separated" in captured.out
+    assert f"2 of 3 songs separated; failed: {bad}" in captured.out
     assert {Path(name).parts[0] for name in names(tmp_path / "out")} == {"a", "c"}
 
 
@@ -183,11 +190,17 @@ def test_bad_checkpoints(song, run_separate, tmp_path: Path) -> None:
         separate(song(), path)
 
 
-def test_two_songs_of_one_name_are_refused_before_work(checkpoint, song, tmp_path: Path) -> None:
-    first, second = song("x/song.wav"), song("y/song.wav")
-    with pytest.raises(InputError, match=r"both would write .*song; rename"):
-        main([str(first), str(second), "--checkpoint", str(checkpoint), "-o", str(tmp_path / "o")])
-    assert not (tmp_path / "o").exists()
+def test_two_songs_of_one_name_are_refused_and_others_go_on(
+    checkpoint, song, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    songs = [song(name, seconds=0.1) for name in ("x/song.wav", "y/song.wav", "other.wav")]
+    out = tmp_path / "o"
+    assert main([*map(str, songs), "--checkpoint", str(checkpoint), "-o", str(out)]) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1
+    assert "both would write" in captured.err
+    assert "1 of 3 songs separated" in captured.out
+    assert {Path(name).parts[0] for name in names(out)} == {"other"}
 
 
 def test_output_that_cannot_be_written(checkpoint, song, tmp_path: Path) -> None:
@@ -209,3 +222,116 @@ def test_stem_name_that_leaves_the_folder(song, tmp_path: Path) -> None:
 def test_waveform_needs_its_rate(checkpoint) -> None:
     with pytest.raises(InputError, match="sample_rate"):
         separate(np.zeros((2, 10)), checkpoint)
+
+
+def test_folders_formats_and_existing_stems(checkpoint, song, tmp_path: Path, capsys) -> None:
+    for name in ("music/a.wav", "music/live/b.wav"):
+        song(name, seconds=0.1)
+    out = tmp_path / "out"
+    command = [str(tmp_path / "music"), "--checkpoint", str(checkpoint), "-o", str(out)]
+    command += ["--stems", "instrumental", "--format", "flac", "--name", "{stem}/{track}.{ext}"]
+    expected = ["instrumental/a.flac", "live/instrumental/b.flac"]
+
+    assert main([*command, "--dry-run"]) == 0
+    assert not out.exists()
+    planned = capsys.readouterr().out
+    assert all(str(out / name) in planned for name in expected)
+
+    assert main(command) == 0
+    assert names(out) == expected
+    assert "2 songs" in capsys.readouterr().out
+
+    (out / expected[0]).unlink()
+    kept = (out / expected[1]).stat().st_mtime_ns
+    assert main([*command, "--skip-existing"]) == 0
+    assert "1 skipped" in capsys.readouterr().out
+    assert names(out) == expected
+    assert (out / expected[1]).stat().st_mtime_ns == kept
+
+
+def test_standard_input_to_standard_output(checkpoint, song, tmp_path: Path) -> None:
+    path = song(seconds=0.7)
+    command = [sys.executable, "-m", "separation.separate", "-", "-c", str(checkpoint), "-o", "-"]
+    command += ["--stems", "vocals", "--chunk-seconds", "0.2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with path.open("rb") as source:
+        result = subprocess.run(
+            command, stdin=source, capture_output=True, cwd=ROOT, env=environment
+        )
+    assert result.returncode == 0, result.stderr
+    assert b"standard input: 0.7 s" in result.stderr
+    (tmp_path / "out.wav").write_bytes(result.stdout)
+    piped, rate = read(tmp_path / "out.wav")
+    expected = separate(path, checkpoint, chunk_seconds=0.2)["vocals"]
+    assert rate == 44100
+    np.testing.assert_allclose(piped, expected, atol=1e-6)
+
+
+def test_standard_output_takes_one_song_and_one_stem(checkpoint, song) -> None:
+    path = str(song())
+    with pytest.raises(InputError, match="one stem: --stems vocals"):
+        main([path, "-c", str(checkpoint), "-o", "-"])
+    with pytest.raises(InputError, match="one song"):
+        main([path, "-", "-c", str(checkpoint), "-o", "-", "--stems", "vocals"])
+
+
+def test_downmix_takes_surround(checkpoint, song, tmp_path: Path) -> None:
+    path = song("six.wav", channels=6, seconds=0.2)
+    out = tmp_path / "out"
+    assert main([str(path), "-c", str(checkpoint), "-o", str(out)]) == 2
+    assert main([str(path), "-c", str(checkpoint), "-o", str(out), "--downmix"]) == 0
+    assert read(out / "six" / "vocals.wav")[0].shape == (2, 8820)
+
+
+def test_shards_share_the_songs(checkpoint, song, tmp_path: Path, monkeypatch) -> None:
+    for name in ("a", "b", "c"):
+        song(f"music/{name}.wav", seconds=0.1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        out = tmp_path / f"out{rank}"
+        assert main([str(tmp_path / "music"), "-c", str(checkpoint), "-o", str(out)]) == 0
+        done.append({Path(name).parts[0] for name in names(out)})
+    assert done == [{"a", "c"}, {"b"}]
+
+
+def test_a_song_that_fails_on_the_way_leaves_nothing(
+    checkpoint, song, tmp_path: Path, capsys
+) -> None:
+    samples = 0.1 * np.random.default_rng(0).standard_normal((2, 200_000))
+    samples[0, 190_000] = np.inf
+    path = song("late.wav", samples=samples)
+    out = tmp_path / "out"
+    arguments = [str(path), "-c", str(checkpoint), "-o", str(out), "--chunk-seconds", "0.5"]
+    assert main(arguments) == 2
+    error = f"error: {path}: has NaN or infinite samples (first at 4.308 s); export it again"
+    assert capsys.readouterr().err.splitlines() == [error]
+    assert names(out) == []
+
+
+def test_interruption_leaves_nothing_half_written(checkpoint, song, tmp_path: Path) -> None:
+    path = song(seconds=60.0)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "separation.separate", str(path), "-c", str(checkpoint)]
+    command += ["-o", str(out), "--chunk-seconds", "0.5"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob("song/.*partial*")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+    assert names(out) == []
+
+
+def test_a_warning_is_one_line_and_the_song_is_separated(
+    checkpoint, song, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = song(seconds=0.5)
+    path.write_bytes(path.read_bytes()[:-50_000])
+    out = tmp_path / "out"
+    assert main([str(path), "-c", str(checkpoint), "-o", str(out)]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {path}: is damaged or cut short; only its first 0.4 s can be read"
+    ]
+    assert len(names(out)) == 2

@@ -1,0 +1,216 @@
+"""Audio files as streams of blocks, float32 [channel, time]: any length in little memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import soundfile
+
+from models.errors import InputError
+
+BLOCK_FRAMES = 2**16
+STANDARD_INPUT = "-"
+UNKNOWN_SIZE = 0xFFFFFF00  # in a header, from here on: written to a pipe, length not known
+NO_FFMPEG = "ffmpeg is missing; convert it to wav or install ffmpeg (apt install ffmpeg)"
+
+
+@dataclass
+class AudioStream:
+    """An open audio file.
+
+    Attributes:
+        name: what messages call it.
+        rate: in Hz.
+        channels: of every block.
+        frames: samples a channel that the file promises, None where it does not say.
+        blocks: float32 [channel, time], to be read once.
+        is_exact: whether `frames` is a count, not derived from a duration.
+    """
+
+    name: str
+    rate: int
+    channels: int
+    frames: int | None
+    blocks: Iterator[np.ndarray]
+    is_exact: bool = False
+
+
+@contextmanager
+def open_audio(path: str | Path) -> Iterator[AudioStream]:
+    """Open a file, or standard input as "-".
+
+    libsndfile reads wav, aiff, flac, ogg and mp3; anything else (m4a, mp4, wma) and standard
+    input go through ffmpeg. What is left of a damaged file is read, with a warning. Raises
+    InputError, naming the file, if it does not exist or is no audio.
+    """
+    if str(path) == STANDARD_INPUT:
+        with _open_ffmpeg("standard input", "pipe:0") as stream:
+            yield stream
+        return
+    path = Path(path)
+    _require_content(path)
+    try:
+        with _silent_decoders():
+            file = soundfile.SoundFile(path)
+    except soundfile.LibsndfileError:
+        with _open_ffmpeg(str(path), f"file:{path}") as stream:
+            yield stream
+        return
+    with file:
+        blocks = _soundfile_blocks(file, path)
+        is_exact = file.format != "MP3"
+        yield AudioStream(str(path), file.samplerate, file.channels, file.frames, blocks, is_exact)
+
+
+def probe_seconds(path: Path) -> float | None:
+    """Length by the file's header, None if it does not say or cannot be read."""
+    try:
+        with _silent_decoders():
+            return float(soundfile.info(path).duration)
+    except (soundfile.LibsndfileError, OSError):
+        command = ["ffprobe", "-v", "error", "-show_entries", "format=duration", "-of", "csv=p=0"]
+        try:
+            output = subprocess.run([*command, f"file:{path}"], capture_output=True, check=True)
+            seconds = float(output.stdout)
+        except (OSError, subprocess.CalledProcessError, ValueError):
+            return None
+        return seconds if math.isfinite(seconds) else None
+
+
+def _require_content(path: Path) -> None:
+    if not path.is_file():
+        what = "is a folder, not an audio file" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {what}")
+    try:
+        with path.open("rb") as file:
+            is_empty = not file.read(1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if is_empty:
+        raise InputError(f"{path}: is an empty file (0 bytes)")
+
+
+def _soundfile_blocks(file: soundfile.SoundFile, path: Path) -> Iterator[np.ndarray]:
+    is_cut = _is_cut_short(file, path)
+    done = 0
+    while True:
+        try:
+            with _silent_decoders(only_if=file.format == "MP3"):
+                block = file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            if not done:
+                raise InputError(f"{path}: is damaged: nothing in it can be decoded") from error
+            is_cut = True
+            break
+        if not len(block):
+            break
+        done += len(block)
+        yield np.ascontiguousarray(block.T)
+    # Sizes in a header that was written to a pipe are larger than any file.
+    is_cut |= done < file.frames < UNKNOWN_SIZE
+    if is_cut and done:
+        _warn_cut_short(str(path), done / file.samplerate)
+
+
+def _warn_cut_short(name: str, seconds: float) -> None:
+    text = f"{name}: is damaged or cut short; only its first {seconds:.1f} s can be read"
+    warnings.warn(text, stacklevel=2)
+
+
+def _is_cut_short(file: soundfile.SoundFile, path: Path) -> bool:
+    """Whether the samples end before the header, or the last Ogg page, says they do."""
+    if file.format == "OGG":
+        with path.open("rb") as content:
+            content.seek(max(0, path.stat().st_size - 2**17))
+            tail = content.read()
+        page = tail[tail.rfind(b"OggS") :]
+        return len(page) < 6 or not page[5] & 4  # flag: end of stream
+    # libsndfile lowers the promised size of a data chunk to what is there, and logs both.
+    sizes = re.search(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", file.extra_info, re.M)
+    return sizes is not None and int(sizes[2]) < int(sizes[1]) < UNKNOWN_SIZE
+
+
+@contextmanager
+def _silent_decoders(only_if: bool = True) -> Iterator[None]:
+    """Keep libmpg123, which libsndfile calls for mp3, from writing to the process's stderr."""
+    if not only_if:
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with Path(os.devnull).open("wb") as sink:
+        os.dup2(sink.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextmanager
+def _open_ffmpeg(name: str, address: str) -> Iterator[AudioStream]:
+    """Decode through a pipe of Sun .au: a header of rate and channels, then float32 samples."""
+    command = ["ffmpeg", "-v", "error", "-protocol_whitelist", "file,pipe", "-i", address]
+    command += ["-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
+    is_pipe = address.startswith("pipe:")
+    stdin = None if is_pipe else subprocess.DEVNULL
+    with tempfile.TemporaryFile() as log:
+        try:
+            process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=log)
+        except FileNotFoundError as error:
+            how = "reading it" if is_pipe else "libsndfile cannot read it and"
+            raise InputError(f"{name}: {how} {'needs ffmpeg: ' * is_pipe}{NO_FFMPEG}") from error
+        try:
+            assert process.stdout is not None
+            header = process.stdout.read(24)
+            if len(header) < 24:
+                raise InputError(
+                    f"{name}: not an audio file that libsndfile or ffmpeg can read; "
+                    "convert it to wav"
+                )
+            _, offset, _, _, rate, channels = struct.unpack(">4s5I", header)
+            process.stdout.read(offset - 24)
+            frames = None
+            if not is_pipe and (seconds := probe_seconds(Path(name))) is not None:
+                frames = round(seconds * rate)
+            blocks = _ffmpeg_blocks(process, log, name, rate, channels)
+            yield AudioStream(name, rate, channels, frames, blocks)
+        finally:
+            process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def _ffmpeg_blocks(
+    process: subprocess.Popen[bytes], log: IO[bytes], name: str, rate: int, channels: int
+) -> Iterator[np.ndarray]:
+    assert process.stdout is not None
+    done = 0
+    while True:
+        content = process.stdout.read(4 * channels * BLOCK_FRAMES)
+        frames = len(content) // (4 * channels)
+        if not frames:
+            break
+        samples = np.frombuffer(content, ">f4", frames * channels)
+        done += frames
+        yield np.ascontiguousarray(samples.reshape(frames, channels).T, dtype=np.float32)
+    code = process.wait()
+    log.seek(0)
+    if code or log.read(1):
+        if not done:
+            raise InputError(f"{name}: is damaged: nothing in it can be decoded")
+        _warn_cut_short(name, done / rate)

@@ -1,0 +1,113 @@
+"""Files as streams: every block in order, and what is left of a damaged file, with a warning."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from models.errors import InputError
+from separation.audio import load_audio
+from separation.reader import BLOCK_FRAMES, open_audio, probe_seconds
+
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
+SECONDS = 6
+
+
+def tones() -> np.ndarray:
+    time = np.arange(SECONDS * 44100) / 44100
+    return 0.4 * np.stack([np.sin(440 * 6.28 * time), np.sin(660 * 6.28 * time)])
+
+
+def cut(path: Path, share: float = 0.6) -> Path:
+    content = path.read_bytes()
+    shorter = path.with_name(f"cut_{path.name}")
+    shorter.write_bytes(content[: int(len(content) * share)])
+    return shorter
+
+
+def test_blocks_are_the_file(tmp_path: Path) -> None:
+    audio = tones().astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", audio.T, 44100, subtype="FLOAT")
+    with open_audio(tmp_path / "a.wav") as stream:
+        assert (stream.rate, stream.channels, stream.frames) == (44100, 2, audio.shape[1])
+        blocks = list(stream.blocks)
+    assert [block.shape[1] for block in blocks[:-1]] == [BLOCK_FRAMES] * (len(blocks) - 1)
+    np.testing.assert_array_equal(np.concatenate(blocks, axis=1), audio)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "aiff", "flac", "mp3", "ogg"])
+def test_a_file_cut_short_is_read_as_far_as_it_goes(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, tones().T, 44100)
+    whole, _ = load_audio(path)
+    with pytest.warns(
+        UserWarning, match=rf"cut_a\.{suffix}: is damaged or cut short; only"
+    ) as seen:
+        part, rate = load_audio(cut(path))
+    assert len(seen) == 1
+    assert rate == 44100
+    assert 0.3 * whole.shape[1] < part.shape[1] < 0.8 * whole.shape[1]
+    np.testing.assert_allclose(part[:, :50000], whole[:, :50000], atol=1e-6)
+
+
+def test_damage_inside_a_flac_ends_it_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "a.flac"
+    soundfile.write(path, tones().T, 44100)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 3000] = bytes(3000)
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="damaged"):
+        audio, _ = load_audio(path)
+    assert 0 < audio.shape[1] < SECONDS * 44100
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("flags", [["-movflags", "faststart"], []])
+def test_an_m4a_cut_short(tmp_path: Path, flags: list[str]) -> None:
+    """Its table of contents at the start lets the rest be read; at the end it is lost."""
+    soundfile.write(tmp_path / "a.wav", tones().T, 44100)
+    path = tmp_path / "a.m4a"
+    command = ["ffmpeg", "-v", "error", "-i", str(tmp_path / "a.wav"), *flags, str(path)]
+    subprocess.run(command, check=True)
+    assert probe_seconds(path) == pytest.approx(SECONDS, abs=0.1)
+    if flags:
+        with pytest.warns(UserWarning, match=r"cut_a\.m4a: is damaged or cut short"):
+            audio, _ = load_audio(cut(path))
+        assert 2 * 44100 < audio.shape[1] < SECONDS * 44100
+    else:
+        with pytest.raises(InputError, match=r"cut_a\.m4a: not an audio file"):
+            load_audio(cut(path))
+
+
+@needs_ffmpeg
+def test_a_wav_written_to_a_pipe_is_whole(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    soundfile.write(tmp_path / "a.wav", tones().T, 44100)
+    command = ["ffmpeg", "-v", "error", "-i", str(tmp_path / "a.wav"), "-f", "wav", "pipe:1"]
+    piped = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    assert b"\xff\xff\xff\xff" in piped[:100]  # sizes that ffmpeg could not know
+    (tmp_path / "piped.wav").write_bytes(piped)
+    audio, _ = load_audio(tmp_path / "piped.wav")
+    assert audio.shape[1] == SECONDS * 44100
+    assert not recwarn.list
+
+
+@needs_ffmpeg
+def test_leaving_early_ends_the_decoder(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.tile(tones(), 5).T, 44100)
+    path = tmp_path / "a.m4a"
+    subprocess.run(["ffmpeg", "-v", "error", "-i", str(tmp_path / "a.wav"), str(path)], check=True)
+    with open_audio(path) as stream:
+        assert next(stream.blocks).shape == (2, BLOCK_FRAMES)
+    with pytest.raises(ValueError, match="closed file"):
+        next(stream.blocks)
+
+
+def test_length_of_what_is_no_audio(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_text("words")
+    assert probe_seconds(tmp_path / "a.wav") is None

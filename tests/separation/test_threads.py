@@ -1,0 +1,94 @@
+"""Threads keep order, bound what waits between them, and lose no error."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from separation.threads import ahead, drain
+
+
+def failing(count: int) -> Iterator[int]:
+    yield from range(count)
+    raise ValueError("source")
+
+
+def alive(name: str) -> bool:
+    return any(thread.name == name for thread in threading.enumerate())
+
+
+def test_ahead_keeps_order_and_stays_within_its_depth() -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[int]:
+        for number in range(50):
+            made.append(number)
+            yield number
+
+    items = ahead(source(), 3)
+    for number, item in enumerate(items):
+        assert item == number
+        if number == 10:
+            time.sleep(0.05)
+            assert len(made) <= 10 + 1 + 3 + 1
+    assert made == list(range(50))
+
+
+def test_ahead_raises_where_the_source_failed_and_ends_its_thread() -> None:
+    got = []
+    with pytest.raises(ValueError, match="source"):
+        for item in ahead(failing(5), 2):
+            got.append(item)
+    assert got == [0, 1, 2, 3, 4]
+    assert not alive("ahead")
+
+
+def test_closing_ahead_early_ends_its_thread() -> None:
+    items = ahead(iter(range(10**9)), 2)
+    assert next(items) == 0
+    items.close()  # type: ignore[attr-defined]
+    assert not alive("ahead")
+
+
+def test_drain_passes_everything_on() -> None:
+    got: list[int] = []
+    drain(range(100), got.extend, 2)
+    assert got == list(range(100))
+
+
+def test_drain_tells_the_consumer_that_the_source_failed() -> None:
+    seen: list[str] = []
+
+    def consume(items: Iterator[int]) -> None:
+        try:
+            for _ in items:
+                pass
+            seen.append("whole")
+        except ValueError:
+            seen.append("source failed")
+            raise
+
+    with pytest.raises(ValueError, match="source"):
+        drain(failing(3), consume, 2)
+    assert seen == ["source failed"]
+
+
+def test_drain_stops_the_source_when_the_consumer_fails() -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[int]:
+        for number in range(10**9):
+            made.append(number)
+            yield number
+
+    def consume(items: Iterator[int]) -> None:
+        next(items)
+        raise OSError("disk is full")
+
+    with pytest.raises(OSError, match="disk is full"):
+        drain(source(), consume, 2)
+    assert len(made) < 10
+    assert not alive("drain")
