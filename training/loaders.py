@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -55,6 +57,19 @@ def open_subset(config: Config, subset: str, headers: dict[Path, HeaderCache]) -
     )
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: it walks a large data set again and again while that is opened."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_no_collection()
 def prepare_indices(config: Config, folder: RunFolder) -> dict[str, Indexed]:
     """Open the data roots, and find the active windows where the cache lacks them.
 
