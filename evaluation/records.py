@@ -131,6 +131,15 @@ def track_from_json(content: dict[str, Any]) -> TrackScores:
     )
 
 
+def plain(content: Any) -> Any:
+    """Nested dicts and lists with NaN and infinity as `json_number` writes them."""
+    if isinstance(content, dict):
+        return {key: plain(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [plain(value) for value in content]
+    return json_number(content)
+
+
 def write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
     """Write strict JSON atomically. Raises InputError, naming the file, if that fails."""
     try:

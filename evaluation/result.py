@@ -12,7 +12,16 @@ from evaluation import provenance
 from evaluation.estimates import Source
 from evaluation.records import TrackStore, read_tracks, write_json
 from evaluation.runner import Runner
-from evaluation.scoring import SCORERS, TRACK_VALUES, TrackScores, as_json, summarise
+from evaluation.scoring import (
+    MIXTURE_ESTIMATE,
+    SCORERS,
+    TRACK_VALUES,
+    Detail,
+    StemScores,
+    TrackScores,
+    as_json,
+    summarise,
+)
 from models.errors import InputError
 from training.data.sources import Track
 
@@ -111,6 +120,51 @@ def open_store(output: Path, identity: dict[str, Any]) -> TrackStore:
     else:
         write_json(mark, identity)
     return TrackStore(output / TRACKS, identity)
+
+
+def names_of(evaluations: Sequence[Evaluation]) -> list[str]:
+    """A name for each: its label, or where labels repeat, the shortest end of its path that does.
+
+    Raises InputError if one folder is given twice.
+    """
+    labels = [evaluation.label for evaluation in evaluations]
+    if len(set(labels)) == len(labels):
+        return labels
+    parts = [(e.folder or Path(e.label)).resolve().parts for e in evaluations]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise InputError(f"{evaluations[0].folder}: named twice")
+
+
+def estimates_of(
+    evaluations: Sequence[Evaluation], stem: str
+) -> list[tuple[str, list[tuple[StemScores, Detail]]]]:
+    """Each evaluation's name and its scores of a stem, track by track; the mixture's come last.
+
+    The mixture is the first evaluation's. Raises InputError if one does not have the stem.
+    """
+    found = []
+    for name, evaluation in zip(names_of(evaluations), evaluations, strict=True):
+        if stem not in evaluation.stems:
+            raise InputError(
+                f"{evaluation.folder or name}: has no scores of {stem}; it has"
+                f" {', '.join(evaluation.stems)}"
+            )
+        found.append((name, _pairs(evaluation, stem, is_mixture=False)))
+    return [*found, (MIXTURE_ESTIMATE, _pairs(evaluations[0], stem, is_mixture=True))]
+
+
+def _pairs(
+    evaluation: Evaluation, stem: str, *, is_mixture: bool
+) -> list[tuple[StemScores, Detail]]:
+    return [
+        (row, detail)
+        for track in evaluation.tracks
+        for row, detail in zip(track.rows, track.details, strict=True)
+        if row.stem == stem and (row.estimate == MIXTURE_ESTIMATE) == is_mixture
+    ]
 
 
 def read_evaluation(folder: Path) -> Evaluation:
