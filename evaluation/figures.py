@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from evaluation.scoring import MIXTURE_ESTIMATE
 from models.errors import InputError
 from models.files import whole_file
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart by the colour-blind too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MIN_SPAN_DB = 2.0
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,30 @@ def draw_panels(panels: Sequence[Panel]) -> Figure:
 
     figure = Figure(figsize=(5.2 * len(panels), 3.8), dpi=100, layout="constrained")
     labels = list(dict.fromkeys(curve.label for panel in panels for curve in panel.curves))
-    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    colours = colours_of(labels)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
         _draw_panel(axis, panel, colours)
-    handles = {}
+    handles: dict[str, Artist] = {}
     for axis in axes:
         lines, names = axis.get_legend_handles_labels()
         handles |= dict(zip(names, lines, strict=True))
     if handles:
         figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=4,
+            frameon=False,
         )
     return figure
+
+
+def colours_of(labels: Sequence[str]) -> dict[str, str]:
+    """A colour for each label; the mixture, which is in every picture, is grey."""
+    others = [label for label in labels if label != MIXTURE_ESTIMATE]
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(others)}
+    return colours | {MIXTURE_ESTIMATE: "#777777"}
 
 
 def _draw_panel(axis: Axes, panel: Panel, colours: dict[str, str]) -> None:
@@ -82,6 +96,10 @@ def _draw_panel(axis: Axes, panel: Panel, colours: dict[str, str]) -> None:
         axis.minorticks_off()
     else:
         axis.set_xticks(range(len(panel.ticks)), panel.ticks)
+    low, high = axis.get_ylim()
+    if high - low < MIN_SPAN_DB:  # a flat line shall look flat
+        middle = (low + high) / 2
+        axis.set_ylim(middle - MIN_SPAN_DB / 2, middle + MIN_SPAN_DB / 2)
     axis.set_title(panel.title, fontsize=11)
     axis.set_xlabel(panel.xlabel)
     axis.set_ylabel(panel.ylabel)
@@ -98,7 +116,9 @@ def draw_boxes(groups: dict[str, dict[str, Sequence[float]]], ylabel: str) -> Fi
     axes = figure.subplots(1, len(groups), squeeze=False)[0]
     rng = np.random.default_rng(0)
     for axis, (title, group) in zip(axes, groups.items(), strict=True):
-        for place, (colour, values) in enumerate(zip(_cycle(len(group)), group.values())):
+        colours = colours_of(list(group))
+        for place, (label, values) in enumerate(group.items()):
+            colour = colours[label]
             known = np.asarray(values, float)
             known = known[np.isfinite(known)]
             if not known.size:
@@ -126,7 +146,3 @@ def save_figure(figure: Figure, path: Path) -> None:
             figure.savefig(part)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def _cycle(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]

@@ -18,7 +18,7 @@ TRACK_VALUES = {
     "csdr": "cSDR: median over 1 s frames of the SDR of BSS Eval v4 (one source), dB",
     "usdr": "uSDR: energy ratio over the whole track, dB",
     "si_sdr": "SI-SDR: over the whole track, one scale for both channels, dB",
-    "leakage": "leakage: level of the estimate relative to the mixture where the stem is silent, dB",
+    "leakage": "leakage: energy of the estimate over the mixture's where the stem is silent, dB",
     "bleedless": "bleedless: 0 to 100, falls with what the estimate has too much (mel, n_fft 2048)",
     "fullness": "fullness: 0 to 100, falls with what the estimate lacks (mel, n_fft 2048)",
     "sdr": "SDR: median over the 1 s frames where no source is silent, museval (BSS Eval v4), dB",

@@ -17,7 +17,7 @@ from models.bsmamba2 import BSMamba2Config
 
 REGIONS_HZ = (0, 250, 1000, 4000, 8000, 16000, 24000)
 TEXT = (
-    "SDR of a region: energy of its STFT bins (n_fft 2048) over that of their error, per track;",
+    "SDR of a region: energy of its STFT bins (n_fft 2048) over that of their error, per track,",
     "median over tracks, dB. A track without energy in a region is left out there.",
 )
 

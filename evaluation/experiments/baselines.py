@@ -29,21 +29,20 @@ def compare(evaluations: Sequence[Evaluation], stem: str) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> list[str]:
     scores = result["scores"]
-    parts = [
-        [
-            [
-                row["estimate"],
-                f"{statistic} over tracks",
-                *(number(row[s][statistic]) for s in scores),
-            ]
+
+    def cells(statistic: str) -> list[list[str]]:
+        return [
+            [row["estimate"], statistic, *(number(row[score][statistic]) for score in scores)]
             for row in result["rows"]
         ]
-        for statistic in ("median", "mean")
-    ]
-    head = [result["stem"], "", *(LABELS[score] for score in scores)]
+
+    parts = [cells("median"), cells("mean")]
+    head = [result["stem"], "over tracks", *(LABELS[score] for score in scores)]
     return [*align(head, parts, texts=2), "", *(TRACK_VALUES[score] for score in scores)]
 
 
 def figure(result: dict[str, Any]) -> Any:
-    group = {row["estimate"]: list(row["csdr"]["per_track"].values()) for row in result["rows"]}
+    group: dict[str, Sequence[float]] = {
+        row["estimate"]: list(row["csdr"]["per_track"].values()) for row in result["rows"]
+    }
     return draw_boxes({f"{result['stem']}: cSDR of each track": group}, "cSDR [dB]")

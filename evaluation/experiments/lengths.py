@@ -13,8 +13,8 @@ from evaluation.tables import align, number
 SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
 SCORES = ("csdr", "usdr", "leakage")
 TEXT = (
-    "input: what the network sees at once; the whole track is separated in such chunks",
-    "cSDR, uSDR and leakage as in evaluation.evaluate; std: over tracks (ddof 0)",
+    "input: what the network sees at once; the whole track is separated in such chunks;",
+    "cSDR, uSDR and leakage as in evaluation.evaluate; std: over tracks (ddof 0).",
 )
 
 

@@ -16,17 +16,17 @@ from evaluation.tables import align, number
 SEGMENT_SECONDS = 8  # the paper's
 # Upper edges of the bins of the active share; the first holds what is silent throughout.
 EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
-BINS = ("0 %", "1-25 %", "25-50 %", "50-75 %", "75-100 %")
+BINS = ("0 %", "to 25 %", "25-50 %", "50-75 %", "75-100 %")
 TEXT = (
-    "active: share of the tenths of a second in which the stem is above -60 dBFS (RMS)",
-    "SDR: energy ratio of a segment of 8 s, median over the segments of a bin, dB",
-    "leakage: energy of the estimate over that of the mixture where the stem is silent, dB",
-    "cSDR: median over the tracks of a bin, dB",
+    "active: share of the tenths of a second in which the stem is above -60 dBFS (RMS);",
+    "SDR: energy ratio of a segment of 8 s, median over the segments of a bin, dB;",
+    "leakage: energy of the estimate over that of the mixture where the stem is silent, dB;",
+    "cSDR: median over the tracks of a bin, dB.",
 )
 
 
 def by_sparsity(evaluations: Sequence[Evaluation], stem: str) -> dict[str, Any]:
-    """For each estimate and bin: segments, their SDR and leakage; tracks, their cSDR and leakage."""
+    """SDR and leakage of the segments, cSDR and leakage of the tracks, per estimate and bin."""
     rows = []
     for label, pairs in _estimates(evaluations, stem):
         segments = [part for _, energies in pairs for part in _segments(energies)]
