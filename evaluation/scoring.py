@@ -146,24 +146,29 @@ def score_track(
     source (MUSDB18's accompaniment, for a model of vocals): its reference is the mixture minus the
     references, its estimate the mixture minus the estimates. It holds whole tracks in memory.
     """
-    rows, details, remainder, excerpts = [], [], {}, {}
     unprocessed = dict.fromkeys(signals.references, signals.mixture)
-    for kind, outputs in ((label, signals.estimates), (MIXTURE_ESTIMATE, unprocessed)):
-        decomposed: list[dict[str, np.ndarray]] = []
-        if scorer == "museval":
-            decomposed = _decompose(signals, outputs, kind)
-        for index, stem in enumerate(signals.references):
-            museval = decomposed[index] if decomposed else {}
-            row, detail = _score_stem(signals, stem, kind, outputs[stem], museval)
-            rows.append(row)
-            details.append(detail)
-            excerpts[stem] = _loudest_seconds(detail.energies, signals)
-        if kind == label and len(decomposed) > len(signals.references):
-            remainder = decomposed[-1]
-    seconds = signals.frames / signals.sample_rate
-    return TrackScores(
-        signals.track, seconds, signals.sample_rate, rows, details, remainder, excerpts
-    )
+    kinds = {label: signals.estimates, MIXTURE_ESTIMATE: unprocessed}
+    decomposed = {
+        kind: _decompose(signals, outputs, kind) if scorer == "museval" else []
+        for kind, outputs in kinds.items()
+    }
+    frames, rate = signals.frames, signals.sample_rate
+    pairs: dict[tuple[str, str], tuple[StemScores, Detail]] = {}
+    excerpts = {}
+    for index, (stem, reference) in enumerate(signals.references.items()):
+        estimates = [outputs[stem] for outputs in kinds.values()]
+        spectra = spectral_scores(reference, estimates, frames, rate)
+        for kind, estimate, spectrum in zip(kinds, estimates, spectra, strict=True):
+            energies = measure_energies(reference, estimate, signals.mixture, frames, rate)
+            museval = decomposed[kind][index] if decomposed[kind] else {}
+            detail = Detail(energies, spectrum.reference, spectrum.error, museval)
+            row = _row(signals.track, stem, kind, energies, spectrum, museval)
+            pairs[kind, stem] = row, detail
+            excerpts[stem] = _loudest_seconds(energies, signals)
+    rows, details = zip(*(pairs[kind, stem] for kind in kinds for stem in excerpts), strict=True)
+    remainder = decomposed[label][len(excerpts)] if len(decomposed[label]) > len(excerpts) else {}
+    seconds = frames / rate
+    return TrackScores(signals.track, seconds, rate, list(rows), list(details), remainder, excerpts)
 
 
 def summarise(rows: Iterable[StemScores], scores: Iterable[str] = TRACK_VALUES) -> list[Summary]:
@@ -207,25 +212,26 @@ def json_number(value: Any) -> Any:
     return None if np.isnan(value) else str(value)
 
 
-def _score_stem(
-    signals: Signals, stem: str, kind: str, estimate: Reader, museval: dict[str, np.ndarray]
-) -> tuple[StemScores, Detail]:
-    reference, frames, rate = signals.references[stem], signals.frames, signals.sample_rate
-    energies = measure_energies(reference, estimate, signals.mixture, frames, rate)
-    spectral: SpectralScores = spectral_scores(reference, estimate, frames, rate)
-    row = StemScores(
-        track=signals.track,
+def _row(
+    track: str,
+    stem: str,
+    kind: str,
+    energies: Energies,
+    spectrum: SpectralScores,
+    museval: dict[str, np.ndarray],
+) -> StemScores:
+    return StemScores(
+        track=track,
         stem=stem,
         estimate=kind,
         csdr=energies.csdr,
         usdr=energies.usdr,
         si_sdr=energies.si_sdr,
         leakage=energies.leakage,
-        bleedless=spectral.bleedless,
-        fullness=spectral.fullness,
+        bleedless=spectrum.bleedless,
+        fullness=spectrum.fullness,
         **{name.lower(): frame_median(values) for name, values in museval.items()},
     )
-    return row, Detail(energies, spectral.reference, spectral.error, museval)
 
 
 def _loudest_seconds(energies: Energies, signals: Signals) -> tuple[int, int]:

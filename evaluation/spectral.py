@@ -7,7 +7,7 @@ that the memory does not grow with its length.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -41,33 +41,43 @@ class SpectralScores:
 
 
 def spectral_scores(
-    reference: Reader, estimate: Reader, frames: int, sample_rate: int
-) -> SpectralScores:
-    """Score a track of `frames` samples.
+    reference: Reader, estimates: Sequence[Reader], frames: int, sample_rate: int
+) -> list[SpectralScores]:
+    """Score estimates of a stem of a track of `frames` samples.
 
     Levels are those of a mel spectrogram (512 bands, Slaney) of the STFT magnitude in dB, clamped
     to 80 dB below the loudest point of each signal; d is the estimate's minus the reference's.
     `bleedless = 100 / (1 + mean of d > 0)` and `fullness = 100 / (1 + mean of |d| where d < 0)`,
     over both channels; a mean over nothing is 0. The authors' evaluate.py exchanges the two names.
     """
-    floors = [_loudest(signal, frames, sample_rate) - RANGE_DB for signal in (reference, estimate)]
-    sums = np.zeros(2)
-    counts = np.zeros(2)
-    energies = np.zeros((2, N_FFT // 2 + 1))
+    signals = (reference, *estimates)
+    floors = [_loudest(signal, frames, sample_rate) - RANGE_DB for signal in signals]
+    sums = np.zeros((len(estimates), 2))  # of d > 0 and of |d| where d < 0
+    counts = np.zeros((len(estimates), 2))
+    energies = np.zeros((1 + len(estimates), N_FFT // 2 + 1))  # of s, then of s - e
     for start, count in blocks(1 + frames // HOP, _STFT_FRAMES):
-        spectra = [_stft(signal, frames, start, count) for signal in (reference, estimate)]
-        for row, spectrum in enumerate((spectra[0], spectra[0] - spectra[1])):
-            energies[row] += np.sum(np.abs(spectrum, dtype=np.float64) ** 2, axis=(0, 2))
-        levels = [
-            np.maximum(_mel_levels(spectrum, sample_rate), floor)
-            for spectrum, floor in zip(spectra, floors, strict=True)
-        ]
-        difference = levels[1] - levels[0]
-        for row, side in enumerate((difference, -difference)):
-            sums[row] += np.sum(side, where=side > 0, dtype=np.float64)
-            counts[row] += np.count_nonzero(side > 0)
-    bleedless, fullness = 100 / (1 + sums / np.maximum(counts, 1))
-    return SpectralScores(float(bleedless), float(fullness), energies[0], energies[1])
+        truth = _stft(reference, frames, start, count)
+        truth_levels = np.maximum(_mel_levels(truth, sample_rate), floors[0])
+        energies[0] += _bin_energies(truth)
+        for index, estimate in enumerate(estimates):
+            spectrum = _stft(estimate, frames, start, count)
+            energies[1 + index] += _bin_energies(truth - spectrum)
+            levels = np.maximum(_mel_levels(spectrum, sample_rate), floors[1 + index])
+            difference = levels - truth_levels
+            for column, side in enumerate((difference, -difference)):
+                sums[index, column] += np.sum(side, where=side > 0, dtype=np.float64)
+                counts[index, column] += np.count_nonzero(side > 0)
+    scores = 100 / (1 + sums / np.maximum(counts, 1))
+    return [
+        SpectralScores(float(bleedless), float(fullness), energies[0], error)
+        for (bleedless, fullness), error in zip(scores, energies[1:], strict=True)
+    ]
+
+
+def _bin_energies(spectrum: np.ndarray) -> np.ndarray:
+    """Energy per frequency bin of a spectrum [c f t], float64 [f]."""
+    power = spectrum.real**2 + spectrum.imag**2
+    return np.asarray(power.sum(axis=(0, 2), dtype=np.float64))
 
 
 def _loudest(signal: Reader, frames: int, sample_rate: int) -> float:
