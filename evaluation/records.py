@@ -72,7 +72,8 @@ def read_tracks(folder: Path) -> list[TrackScores]:
 
     Raises InputError if there is none, or a file is damaged.
     """
-    paths = sorted(folder.glob("*.json"))
+    # Hidden ones are parts that a killed process left.
+    paths = sorted(folder.glob("[!.]*.json"))
     if not paths:
         raise InputError(f"{folder}: holds no scored tracks; name the --output of an evaluation")
     tracks = []
