@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from models.errors import InputError
 
@@ -75,11 +74,13 @@ def framewise_sdr(
     signal that is silent from end to end, every frame here is NaN.
     """
     reference, estimate = _as_pair(reference, estimate)
-    signal = _frame_sums(np.sum(reference**2, axis=0), window, hop)
-    error = _frame_sums(np.sum((reference - estimate) ** 2, axis=0), window, hop)
-    silent = _frame_sums(reference.sum(axis=0) != 0, window, hop) == 0
-    silent |= _frame_sums(estimate.sum(axis=0) != 0, window, hop) == 0
-    return sdr_of_energies(signal, error, silent)
+    rows = []
+    for frame in _frames(reference.shape[-1], window, hop):  # one frame at a time stays in cache
+        s, e = (np.ascontiguousarray(signal[:, frame]) for signal in (reference, estimate))
+        is_silent = not (s.sum(axis=0).any() and e.sum(axis=0).any())
+        rows.append((np.sum(s * s), np.sum((s - e) ** 2), is_silent))
+    signal, error, silent = np.array(rows).T
+    return sdr_of_energies(signal, error, silent == 1)
 
 
 def sdr_of_energies(signal: np.ndarray, error: np.ndarray, silent: np.ndarray) -> np.ndarray:
@@ -116,7 +117,7 @@ def bss_eval(
     """
     references, estimates = _as_pair(references, estimates)
     if _has_silent_source(references) or _has_silent_source(estimates):
-        frames = _frame_sums(references[0, 0], window, hop).shape[-1]
+        frames = len(_frames(references.shape[-1], window, hop))
         return {name: np.full((len(references), frames), np.nan) for name in BSS_SCORES}
     museval = import_museval()
     with _numpy_as_museval_knows_it():
@@ -134,11 +135,10 @@ def _as_pair(reference: np.ndarray, estimate: np.ndarray) -> tuple[np.ndarray, n
     return reference, estimate
 
 
-def _frame_sums(values: np.ndarray, window: int, hop: int) -> np.ndarray:
-    """Sum over each whole frame of a signal [time], or over all of it if it is shorter."""
-    if values.shape[-1] <= window:
-        return values.sum(axis=-1, keepdims=True)
-    return sliding_window_view(values, window)[::hop].sum(axis=-1)
+def _frames(length: int, window: int, hop: int) -> list[slice]:
+    """The whole frames of a signal, or all of it if it is shorter."""
+    last = max(0, length - window)
+    return [slice(start, start + window) for start in range(0, last + 1, hop)]
 
 
 def _has_silent_source(sources: np.ndarray) -> bool:
