@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from evaluation.metrics import bss_eval, csdr, usdr
+from evaluation.oracles import separate_with_oracle
 from evaluation.scoring import Signals, StemScores, as_json, summarise
 from evaluation.scoring import score_track as score_signals
-from evaluation.signals import array_reader
+from evaluation.signals import array_reader, track_reader
+from training.data.excerpt import write_excerpt
+from training.data.sources import open_dataset
 
 RATE = 4000
 NAN = float("nan")
@@ -66,6 +70,35 @@ def test_vocals_model_is_scored_against_the_accompaniment() -> None:
     assert model.sir == pytest.approx(20, abs=0.5)
     assert unprocessed.sir == pytest.approx(0, abs=1.0)
     assert unprocessed.usdr == pytest.approx(0, abs=0.5)
+
+
+def test_a_real_song_equals_museval(tmp_path: Path) -> None:
+    """Every score that has a counterpart in museval, on stempeg's excerpt under an ideal mask."""
+    from museval import evaluate
+
+    write_excerpt(tmp_path)
+    track = open_dataset(tmp_path, "test")[0]
+    vocals, mixture = track.read("vocals"), track.read("mixture")
+    estimate = separate_with_oracle("irm", ("vocals",))(track)[0]
+    signals = Signals(
+        track.name,
+        track.frames,
+        track.sample_rate,
+        track_reader(track, "mixture"),
+        {"vocals": track_reader(track, "vocals")},
+        {"vocals": array_reader(estimate)},
+    )
+    found = score_signals(signals, scorer="museval")
+    single = evaluate(vocals.T[None], estimate.T[None])
+    np.testing.assert_allclose(found.details[0].energies.sdr, single[0][0], atol=1e-9, rtol=0)
+    assert found.rows[0].csdr == pytest.approx(np.nanmedian(single[0][0]), abs=1e-9)
+    both = evaluate(
+        np.stack([vocals.T, (mixture - vocals).T]), np.stack([estimate.T, (mixture - estimate).T])
+    )
+    for score, frames in zip(("sdr", "isr", "sir", "sar"), both, strict=True):
+        assert getattr(found.rows[0], score) == pytest.approx(np.nanmedian(frames[0]), abs=1e-4)
+        np.testing.assert_allclose(found.remainder[score.upper()], frames[1], atol=1e-4)
+    assert found.rows[0].csdr > found.rows[1].csdr + 5
 
 
 def test_a_complete_set_of_stems_needs_no_remainder() -> None:
