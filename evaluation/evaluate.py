@@ -77,8 +77,6 @@ def main(argv: list[str] | None = None) -> int:
         store = TrackStore(partial, identity_of(source, info, arguments.scorer))
         runner = replace(runner, store=store)
     evaluation = evaluate(tracks, source, info, runner, arguments.output)
-    rows = [row for track in evaluation.tracks for row in track.rows]
-    print(format_table(rows, summarise(rows, evaluation.scores)))
     if arguments.museval_json:
         for track in evaluation.tracks:
             write_museval_json(arguments.museval_json, arguments.subset, track)
@@ -86,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         write_json(arguments.json, evaluation.report)
     if partial:
         shutil.rmtree(partial, ignore_errors=True)
+    rows = [row for track in evaluation.tracks for row in track.rows]
+    print(format_table(rows, summarise(rows, evaluation.scores)))
     written = (arguments.output, arguments.json, arguments.museval_json, arguments.save_estimates)
     for path in filter(None, written):
         print(f"written: {path}")
