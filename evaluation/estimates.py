@@ -178,9 +178,9 @@ def model_source(separator: Separator, checkpoint: Path) -> ComputedSource:
     status = checkpoint.stat()
     identity = {
         "checkpoint": str(checkpoint.resolve()),
-        "bytes": status.st_size,
-        "modified": status.st_mtime_ns,
-        **protocol_of(separator),
+        "checkpoint_bytes": status.st_size,
+        "checkpoint_modified": status.st_mtime_ns,
+        **{f"protocol_{key}": value for key, value in protocol_of(separator).items()},
     }
     rate = separator.model.config.sample_rate
     return ComputedSource("model", separator.stem_names, identity, separate, rate)

@@ -107,6 +107,8 @@ def open_source(
 ) -> tuple[Source, dict[str, Any]]:
     """What --checkpoint, --estimates or --baseline names, and what a report says of it."""
     if arguments.checkpoint:
+        if arguments.stems:
+            raise InputError("--stems: a checkpoint has its own; leave the option out")
         return open_checkpoint(arguments)
     source: Source
     if arguments.estimates:

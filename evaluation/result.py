@@ -102,8 +102,13 @@ def build_report(
 
 def identity_of(source: Source, info: dict[str, Any], scorer: str) -> dict[str, Any]:
     """What scores depend on beside the files of a track."""
-    identity = {"source": source.identity, "stems": list(source.stems), "scorer": scorer}
-    return identity | {"data": str(Path(info["data"]).resolve()), "subset": info["subset"]}
+    return {
+        **source.identity,
+        "stems": list(source.stems),
+        "scorer": scorer,
+        "data": str(Path(info["data"]).resolve()),
+        "subset": info["subset"],
+    }
 
 
 def open_store(output: Path, identity: dict[str, Any]) -> TrackStore:
@@ -111,11 +116,11 @@ def open_store(output: Path, identity: dict[str, Any]) -> TrackStore:
     mark = output / _IDENTITY
     if mark.is_file():
         kept = json.loads(mark.read_text(encoding="utf-8"))
-        changed = [key for key in identity if kept.get(key) != identity[key]]
+        changed = [key for key in kept | identity if kept.get(key) != identity.get(key)]
         if changed:
             raise InputError(
-                f"{output}: holds an evaluation with another {changed[0]}"
-                f" ({kept.get(changed[0])}); name another --output, or delete the folder"
+                f"{output}: holds another evaluation ({changed[0]} was {kept.get(changed[0])},"
+                f" is {identity.get(changed[0])}); name another --output, or delete the folder"
             )
     else:
         write_json(mark, identity)

@@ -98,11 +98,22 @@ class Runner:
     def _load(self, tracks: Sequence[Track], source: Source) -> dict[str, TrackScores]:
         if self.store is None:
             return {}
-        found = {track.name: self.store.load(track.name, _files(track, source)) for track in tracks}
+        found = {
+            track.name: self.store.load(track.name, _files(track, source))
+            for track in tracks
+            if self._has_estimates(track, source)
+        }
         done = {name: scores for name, scores in found.items() if scores is not None}
         if done:
             logger.warning("%d of %d tracks are scored already", len(done), len(tracks))
         return done
+
+    def _has_estimates(self, track: Track, source: Source) -> bool:
+        """Whether the estimates that are to be kept are there."""
+        if self.estimates is None or source.inputs(track):
+            return True
+        folder = self.estimates / track.name
+        return all((folder / f"{stem}.wav").is_file() for stem in source.stems)
 
     def _score(
         self, tracks: Sequence[Track], source: Source, folder: Path
@@ -111,21 +122,27 @@ class Runner:
         is_complete = all(set(source.stems) == set(track.stems) for track in tracks)
         sources = len(source.stems) + (not is_complete) if self.scorer == "museval" else 0
         jobs = self.jobs or choose_jobs(tracks, sources)
-        with _executor(jobs) as submit:
-            pending: dict[Future[TrackScores], Track] = {}
-            for track in tracks:
-                try:
-                    files = source.files(track, folder / track.name)
-                except InputError as error:
-                    yield track, error
-                    continue
-                job = Job(track, files, source.label, self.scorer, self.excerpts)
-                pending[submit(job)] = track
-                # No more estimates wait on the disk than there are processes to score them.
-                while len(pending) > jobs:
+        pending: dict[Future[TrackScores], Track] = {}
+        try:
+            with _executor(jobs) as submit:
+                for track in tracks:
+                    try:
+                        files = source.files(track, folder / track.name)
+                    except InputError as error:
+                        yield track, error
+                        continue
+                    job = Job(track, files, source.label, self.scorer, self.excerpts)
+                    pending[submit(job)] = track
+                    # No more estimates wait on the disk than there are processes to score them.
+                    while len(pending) > jobs:
+                        yield from self._collect(pending, folder)
+                while pending:
                     yield from self._collect(pending, folder)
-            while pending:
-                yield from self._collect(pending, folder)
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a scoring process was killed, most likely for want of memory: use --jobs 1"
+                " (scored tracks are kept)"
+            ) from error
 
     def _collect(
         self, pending: dict[Future[TrackScores], Track], folder: Path
@@ -138,11 +155,6 @@ class Runner:
                 yield track, future.result()
             except InputError as error:
                 yield track, error
-            except BrokenProcessPool as error:
-                raise InputError(
-                    "a scoring process was killed, most likely for want of memory: use --jobs 1"
-                    " (scored tracks are kept)"
-                ) from error
 
     def _report(self, failures: list[InputError], scored: int) -> str:
         kept = f"; the other {scored} tracks are kept, mend it and run the same command again"

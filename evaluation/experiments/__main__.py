@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evaluation.estimates import open_folder_source
+from evaluation.estimates import Source, open_folder_source
 from evaluation.experiments import bands, baselines, lengths, sparsity
 from evaluation.figures import save_figure
 from evaluation.options import (
@@ -77,6 +77,7 @@ def run_lengths(arguments: argparse.Namespace) -> None:
     evaluations = {}
     for seconds in arguments.lengths:
         source, info = open_checkpoint(arguments, chunk_seconds=seconds)
+        require_stem(source, arguments.stem)
         folder = arguments.output / RUNS / f"{seconds:g}s"
         runner = Runner(arguments.scorer, jobs=arguments.jobs)
         evaluations[seconds] = evaluate(tracks, source, info, runner, folder)
@@ -88,7 +89,7 @@ def run_baselines(arguments: argparse.Namespace) -> None:
     tracks = open_tracks(arguments)
     stems = arguments.stems or (arguments.stem,)
     info = describe_data(arguments)
-    sources: list[tuple[Any, dict[str, Any]]] = []
+    sources: list[tuple[Source, dict[str, Any]]] = []
     if arguments.checkpoint:
         sources.append(open_checkpoint(arguments))
     for folder in arguments.estimates:
@@ -102,6 +103,8 @@ def run_baselines(arguments: argparse.Namespace) -> None:
     if not sources:
         raise InputError("nothing to compare: give --checkpoint, --estimates or --baseline")
     evaluations: list[Evaluation] = []
+    for source, _ in sources:
+        require_stem(source, arguments.stem)
     for source, described in sources:
         runner = Runner(arguments.scorer, jobs=arguments.jobs)
         folder = arguments.output / RUNS / source.label
@@ -119,6 +122,12 @@ def run_sparsity(arguments: argparse.Namespace) -> None:
 def run_bands(arguments: argparse.Namespace) -> None:
     runs = [read_evaluation(folder) for folder in arguments.runs]
     finish(arguments, bands.by_frequency(runs, arguments.stem), bands.table, bands.figure)
+
+
+def require_stem(source: Source, stem: str) -> None:
+    """Raise InputError, before any work, if a source does not estimate a stem."""
+    if stem not in source.stems:
+        raise InputError(f"--stem {stem}: {source.label} has {', '.join(source.stems)}")
 
 
 def finish(

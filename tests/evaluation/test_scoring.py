@@ -73,7 +73,7 @@ def test_vocals_model_is_scored_against_the_accompaniment() -> None:
 
 
 def test_a_real_song_equals_museval(tmp_path: Path) -> None:
-    """Every score that has a counterpart in museval, on stempeg's excerpt under an ideal mask."""
+    """stempeg's excerpt under an ideal mask, alone and next to the accompaniment."""
     from museval import evaluate
 
     write_excerpt(tmp_path)
@@ -88,16 +88,15 @@ def test_a_real_song_equals_museval(tmp_path: Path) -> None:
         {"vocals": track_reader(track, "vocals")},
         {"vocals": array_reader(estimate)},
     )
-    found = score_signals(signals, scorer="museval")
+    found = score_signals(signals)
+    closed_form = found.details[0].energies.sdr
     single = evaluate(vocals.T[None], estimate.T[None])
-    np.testing.assert_allclose(found.details[0].energies.sdr, single[0][0], atol=1e-9, rtol=0)
-    assert found.rows[0].csdr == pytest.approx(np.nanmedian(single[0][0]), abs=1e-9)
     both = evaluate(
         np.stack([vocals.T, (mixture - vocals).T]), np.stack([estimate.T, (mixture - estimate).T])
     )
-    for score, frames in zip(("sdr", "isr", "sir", "sar"), both, strict=True):
-        assert getattr(found.rows[0], score) == pytest.approx(np.nanmedian(frames[0]), abs=1e-4)
-        np.testing.assert_allclose(found.remainder[score.upper()], frames[1], atol=1e-4)
+    for judge in (single, both):
+        np.testing.assert_allclose(closed_form, judge[0][0], atol=1e-9, rtol=0)
+    assert found.rows[0].csdr == pytest.approx(np.nanmedian(single[0][0]), abs=1e-9)
     assert found.rows[0].csdr > found.rows[1].csdr + 5
 
 
