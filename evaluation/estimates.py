@@ -20,6 +20,7 @@ from models.errors import InputError
 from separation.audio import write_wav
 from separation.separator import Separator
 from training.data.sources import MIXTURE, Track
+from training.data.track import AUDIO_CHANNELS
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 _MAX_LISTED = 5
@@ -118,7 +119,7 @@ class FolderSource:
         for track in tracks:
             for stem in self.stems:
                 try:
-                    _check_estimate(self._find(track, stem), track, stem)
+                    _check_estimate(self._find(track, stem), track)
                 except InputError as error:
                     problems.append(str(error))
         if problems:
@@ -197,7 +198,7 @@ def protocol_of(separator: Separator) -> dict[str, Any]:
     }
 
 
-def _check_estimate(path: Path, track: Track, stem: str) -> None:
+def _check_estimate(path: Path, track: Track) -> None:
     """Compare a file's header with the track's."""
     try:
         info = soundfile.info(str(path))
@@ -207,7 +208,7 @@ def _check_estimate(path: Path, track: Track, stem: str) -> None:
         raise InputError(
             f"{path}: {info.samplerate} Hz, the reference has {track.sample_rate}; resample it"
         )
-    if info.channels != track.read(stem, 0, 1).shape[0]:
+    if info.channels != AUDIO_CHANNELS:
         raise InputError(f"{path}: {info.channels} channel(s), the reference is stereo; convert it")
     if info.frames != track.frames:
         raise InputError(

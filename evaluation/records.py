@@ -15,7 +15,14 @@ import numpy as np
 
 from evaluation.energies import Energies
 from evaluation.metrics import import_museval
-from evaluation.scoring import Detail, StemScores, TrackScores, as_json, json_number
+from evaluation.scoring import (
+    MIXTURE_ESTIMATE,
+    Detail,
+    StemScores,
+    TrackScores,
+    as_json,
+    json_number,
+)
 from models.errors import InputError
 from models.files import write_text
 
@@ -171,7 +178,7 @@ def write_museval_json(folder: Path, subset: str, scores: TrackScores) -> None:
     store = MusevalStore(win=1.0, hop=1.0, track_name=scores.track)
     targets = {}
     for row, detail in zip(scores.rows, scores.details, strict=True):
-        if row.estimate != "mixture":
+        if row.estimate != MIXTURE_ESTIMATE:
             sdr = detail.energies.sdr
             nothing = np.full(len(sdr), np.nan)
             closed_form = {"SDR": sdr, "ISR": nothing, "SIR": nothing, "SAR": nothing}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
 from models.errors import InputError
+from training.data.stem_files import StemFileTrack
 from training.data.track import Track
 
 # read(start, frames) -> [channel, time], exactly `frames` long
@@ -23,7 +25,13 @@ def array_reader(audio: np.ndarray) -> Reader:
 
 
 def track_reader(track: Track, stem: str) -> Reader:
-    """Reads a stem or the mixture of a track."""
+    """Reads a stem or the mixture of a track.
+
+    A compressed track is decoded once and held: each of its reads would decode it anew.
+    """
+    if isinstance(track, StemFileTrack):
+        whole = cache(lambda: array_reader(track.read(stem)))
+        return lambda start, frames: whole()(start, frames)
     return lambda start, frames: track.read(stem, start, frames)
 
 
