@@ -138,9 +138,11 @@ def _summary(estimates: dict[str, list[StemScores]], scores: Sequence[str]) -> T
     rows = []
     for name, group in estimates.items():
         summaries = summarise(group, scores)
+        undefined = summaries[0].undefined_tracks
+        tracks = f"{len(group)}, {undefined} without cSDR" if undefined else str(len(group))
         for statistic in ("median", "mean", "std"):
             values = [number(getattr(summary, statistic)) for summary in summaries]
-            rows.append([name, statistic, *values, str(len(group))])
+            rows.append([name, statistic, *values, tracks])
     return Table(head, rows, texts=2)
 
 
