@@ -32,7 +32,7 @@ from evaluation.result import evaluate, identity_of
 from evaluation.runner import Runner
 from evaluation.scoring import summarise
 from evaluation.tables import format_table
-from models.errors import run_command
+from models.errors import InputError, run_command
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     tracks = open_tracks(arguments)
     source, info = open_source(arguments, tracks)
+    if arguments.save_estimates and arguments.estimates:
+        raise InputError("--save-estimates: the stems of --estimates are files already")
     if arguments.museval_json:
         import_museval()
     if arguments.json:

@@ -68,10 +68,12 @@ class Runner:
     def run(self, tracks: Sequence[Track], source: Source) -> list[TrackScores]:
         """Scores in the order of `tracks`.
 
-        Raises InputError if some track could not be scored, after all others were: they are in
-        the store, and the same call goes on from there.
+        Raises InputError before any work if something is missing or `estimates` is the data set;
+        and if some track could not be scored, after all others were: they are in the store, and
+        the same call goes on from there.
         """
         source.check(tracks)
+        self._spare_references(tracks)
         done = self._load(tracks, source)
         todo = [track for track in tracks if track.name not in done]
         failures: list[InputError] = []
@@ -107,6 +109,16 @@ class Runner:
         if done:
             logger.warning("%d of %d tracks are scored already", len(done), len(tracks))
         return done
+
+    def _spare_references(self, tracks: Sequence[Track]) -> None:
+        """Estimates have the names of the true stems: in the data set they would replace them."""
+        for track in tracks:
+            folders = {path.resolve().parent for path in track.files}
+            if self.estimates and (self.estimates / track.name).resolve() in folders:
+                raise InputError(
+                    f"--save-estimates {self.estimates}: holds the data set itself, whose stems"
+                    " would be overwritten; name another folder"
+                )
 
     def _has_estimates(self, track: Track, source: Source) -> bool:
         """Whether the estimates that are to be kept are there."""

@@ -188,6 +188,16 @@ def test_kept_estimates_are_scored_again_as_a_folder(
     assert [row.estimate for row in second] == ["stems", "mixture"]
 
 
+def test_kept_estimates_never_replace_the_true_stems(dataset: Path, estimates: Path) -> None:
+    before = (dataset / "test" / "first song" / "vocals.wav").read_bytes()
+    options = ["--baseline", "irm", "--data", dataset, "--save-estimates", dataset / "test"]
+    with pytest.raises(InputError, match="holds the data set itself"):
+        main([str(option) for option in options])
+    assert (dataset / "test" / "first song" / "vocals.wav").read_bytes() == before
+    with pytest.raises(InputError, match="files already"):
+        evaluate(dataset, estimates, "--save-estimates", estimates)
+
+
 def test_an_interrupted_run_goes_on(
     dataset: Path, estimates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
