@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,7 +208,7 @@ def test_an_interrupted_run_goes_on(
 
     def save_and_interrupt(self: TrackStore, scores: TrackScores, files: list[Path]) -> None:
         save(self, scores, files)
-        os.kill(os.getpid(), signal.SIGINT)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TrackStore, "save", save_and_interrupt)
