@@ -1,15 +1,17 @@
 """Separation scores as pure functions on arrays [channel, time]; all values in dB.
 
 An undefined value is NaN, a perfect one may be +inf; no function raises for a silent signal.
+docs/evaluation.md explains the odd values.
 """
 
 from __future__ import annotations
 
 import warnings
-from types import ModuleType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from models.errors import InputError
 
@@ -26,9 +28,37 @@ def usdr(reference: np.ndarray, estimate: np.ndarray) -> float:
     a silent reference scores far below 0 dB unless the estimate is silent too.
     """
     reference, estimate = _as_pair(reference, estimate)
-    signal = np.sum(reference**2) + USDR_EPSILON
-    error = np.sum((reference - estimate) ** 2) + USDR_EPSILON
-    return float(10 * np.log10(signal / error))
+    return usdr_of_energies(np.sum(reference**2), np.sum((reference - estimate) ** 2))
+
+
+def usdr_of_energies(signal: float, error: float) -> float:
+    """`usdr` of the energies sum s^2 and sum (s - e)^2."""
+    return float(10 * np.log10((signal + USDR_EPSILON) / (error + USDR_EPSILON)))
+
+
+def si_sdr(reference: np.ndarray, estimate: np.ndarray) -> float:
+    """Scale-invariant SDR of a whole signal, both [channel, time] (Le Roux et al. 2019).
+
+    The channels share one scale: they count as one long signal. No mean is subtracted.
+    """
+    reference, estimate = _as_pair(reference, estimate)
+    product = np.sum(reference * estimate)
+    return si_sdr_of_energies(np.sum(reference**2), product, np.sum(estimate**2))
+
+
+def si_sdr_of_energies(signal: float, product: float, estimate: float) -> float:
+    """`si_sdr` of the inner products sum s^2, sum s e and sum e^2.
+
+    NaN if either signal is silent; +inf if they are proportional, -inf if they are orthogonal.
+    The residual of a fit closer than 1e-15 of the energy is rounding and counts as zero.
+    """
+    if signal == 0 or estimate == 0:
+        return float("nan")
+    fitted = product**2 / signal
+    residual = estimate - fitted
+    if residual < 1e-15 * estimate:
+        return float("inf")
+    return float(10 * np.log10(fitted / residual)) if fitted > 0 else float("-inf")
 
 
 def framewise_sdr(
@@ -44,13 +74,19 @@ def framewise_sdr(
     signal that is silent from end to end, every frame here is NaN.
     """
     reference, estimate = _as_pair(reference, estimate)
-    signal = _frame_sums(np.sum(reference**2, axis=0), window, hop)
-    error = _frame_sums(np.sum((reference - estimate) ** 2, axis=0), window, hop)
-    silent = _frame_sums(reference.sum(axis=0) != 0, window, hop) == 0
-    silent |= _frame_sums(estimate.sum(axis=0) != 0, window, hop) == 0
+    rows = []
+    for frame in _frames(reference.shape[-1], window, hop):  # one frame at a time stays in cache
+        s, e = (np.ascontiguousarray(signal[:, frame]) for signal in (reference, estimate))
+        is_silent = not (s.sum(axis=0).any() and e.sum(axis=0).any())
+        rows.append((np.sum(s * s), np.sum((s - e) ** 2), is_silent))
+    signal, error, silent = np.array(rows).T
+    return sdr_of_energies(signal, error, silent == 1)
+
+
+def sdr_of_energies(signal: np.ndarray, error: np.ndarray, silent: np.ndarray) -> np.ndarray:
+    """`framewise_sdr` of each frame's energies sum s^2 and sum (s - e)^2; NaN where `silent`."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        sdr = 10 * np.log10(signal / error)
-    return np.where(silent, np.nan, sdr)
+        return np.where(silent, np.nan, 10 * np.log10(signal / error))
 
 
 def csdr(reference: np.ndarray, estimate: np.ndarray, sample_rate: int = 44100) -> float:
@@ -81,11 +117,13 @@ def bss_eval(
     """
     references, estimates = _as_pair(references, estimates)
     if _has_silent_source(references) or _has_silent_source(estimates):
-        frames = _frame_sums(references[0, 0], window, hop).shape[-1]
+        frames = len(_frames(references.shape[-1], window, hop))
         return {name: np.full((len(references), frames), np.nan) for name in BSS_SCORES}
-    scores = import_museval().bss_eval(
-        references.transpose(0, 2, 1), estimates.transpose(0, 2, 1), window=window, hop=hop
-    )
+    museval = import_museval()
+    with _numpy_as_museval_knows_it():
+        scores = museval.bss_eval(
+            references.transpose(0, 2, 1), estimates.transpose(0, 2, 1), window=window, hop=hop
+        )
     return dict(zip(BSS_SCORES, scores[:4], strict=True))
 
 
@@ -97,16 +135,32 @@ def _as_pair(reference: np.ndarray, estimate: np.ndarray) -> tuple[np.ndarray, n
     return reference, estimate
 
 
-def _frame_sums(values: np.ndarray, window: int, hop: int) -> np.ndarray:
-    """Sum over each whole frame of a signal [time], or over all of it if it is shorter."""
-    if values.shape[-1] <= window:
-        return values.sum(axis=-1, keepdims=True)
-    return sliding_window_view(values, window)[::hop].sum(axis=-1)
+def _frames(length: int, window: int, hop: int) -> list[slice]:
+    """The whole frames of a signal, or all of it if it is shorter."""
+    last = max(0, length - window)
+    return [slice(start, start + window) for start in range(0, last + 1, hop)]
 
 
 def _has_silent_source(sources: np.ndarray) -> bool:
     """museval's own test: a source is silent if the sum of its channels is zero throughout."""
     return bool(np.any(np.all(sources.sum(axis=1) == 0, axis=-1)))
+
+
+@contextmanager
+def _numpy_as_museval_knows_it() -> Iterator[None]:
+    """museval 0.4.1 solves singular systems (a stem with equal channels) by least squares.
+
+    It catches them as `numpy.linalg.linalg.LinAlgError`, a name that numpy 2.4 no longer has.
+    """
+    if hasattr(np.linalg, "linalg"):
+        yield
+        return
+    names = vars(np.linalg)
+    names["linalg"] = SimpleNamespace(LinAlgError=np.linalg.LinAlgError)
+    try:
+        yield
+    finally:
+        del names["linalg"]
 
 
 def import_museval() -> ModuleType:

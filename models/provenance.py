@@ -8,7 +8,10 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torch", "numpy", "triton", "mamba-ssm", "causal-conv1d")
+PACKAGES = (
+    "torch", "numpy", "triton", "mamba-ssm", "causal-conv1d",
+    "museval", "scipy", "librosa", "soundfile",
+)  # fmt: skip
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import torch
 
 from evaluation.evaluate import main
 from evaluation.metrics import csdr, usdr
+from evaluation.scoring import SCORERS
 from models import load_checkpoint
 from models.errors import InputError
 
@@ -34,7 +35,7 @@ def test_table_and_json_hold_the_scores_of_the_network(
     checkpoint: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "new" / "scores.json"
-    run(checkpoint, dataset, "--json", path)
+    run(checkpoint, dataset, "--json", path, "--scorer", "museval")
     report = json.loads(path.read_text())
     folder = dataset / "test" / "first song"
     mixture, vocals = read(folder / "mixture.wav"), read(folder / "vocals.wav")
@@ -45,7 +46,7 @@ def test_table_and_json_hold_the_scores_of_the_network(
     assert model["usdr"] == pytest.approx(usdr(vocals, estimate), abs=1e-5)
     assert model["csdr"] == pytest.approx(csdr(vocals, estimate), abs=1e-5)
     assert unprocessed["usdr"] == pytest.approx(usdr(vocals, mixture), abs=1e-9)
-    assert all(isinstance(model[score], float) for score in ("isr", "sir", "sar"))
+    assert all(isinstance(model[score], float) for score in ("sdr", "isr", "sir", "sar"))
     # The second track has no vocals: museval's scores are undefined there.
     assert report["tracks"][2]["csdr"] is None
     summary = {(s["estimate"], s["score"]): s for s in report["summary"]}
@@ -58,14 +59,19 @@ def test_table_and_json_hold_the_scores_of_the_network(
     assert [entry.name for entry in path.parent.iterdir()] == ["scores.json"]
 
     table = capsys.readouterr().out.splitlines()
-    labels = ["cSDR", "ISR", "SIR", "SAR", "uSDR"]
+    labels = ["cSDR", "uSDR", "SI-SDR", "leakage", "bleedless", "fullness", "SDR"]
+    labels += ["ISR", "SIR", "SAR"]
     assert table[0].split() == ["track", "stem", "estimate", *labels]
     line = next(line for line in table if line.startswith("first song") and "model" in line)
-    scores = [f"{model[score]:.2f}" for score in ("csdr", "isr", "sir", "sar", "usdr")]
-    assert line.split()[-5:] == scores
+    names = ("csdr", "usdr", "si_sdr", "leakage", "bleedless", "fullness", "sdr", "isr")
+    scores = ["nan" if model[n] is None else f"{model[n]:.2f}" for n in names]
+    assert line.split()[-10:-2] == scores
     statistics = [line.split()[0] for line in table if "over tracks " in line]
     assert statistics == ["mean", "mean", "std", "std", "median", "median"]
-    assert any("cSDR of vocals (model): undefined on 1 of 2 tracks" in line for line in table)
+    assert any(
+        "cSDR of vocals (model): undefined on 1 of 2 tracks" in line and "second song" in line
+        for line in table
+    )
 
 
 def test_protocols_differ_where_chunks_join(
@@ -77,12 +83,12 @@ def test_protocols_differ_where_chunks_join(
     scores = {}
     for protocol in ("ours", "paper"):
         path = tmp_path / f"{protocol}.json"
-        options = ("--protocol", protocol, "--scorer", "closed-form", "--tracks", 1)
+        options = ("--protocol", protocol, "--tracks", 1)
         run(checkpoint, dataset, "--json", path, *options)
         report = json.loads(path.read_text())
         assert report["protocol"]["overlap"] == {"ours": 0.25, "paper": 0.0}[protocol]
         assert len(report["tracks"]) == 2
-        assert {s["score"] for s in report["summary"]} == {"csdr", "usdr"}
+        assert {s["score"] for s in report["summary"]} == set(SCORERS["closed-form"])
         scores[protocol] = report["tracks"][0]["usdr"]
     assert 1e-6 < abs(scores["ours"] - scores["paper"]) < 1
 
@@ -109,7 +115,7 @@ def test_bad_arguments(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
     with pytest.raises(InputError, match=r"scores\.json: cannot be written"):
-        run(checkpoint, dataset, "--json", blocker / "scores.json", "--scorer", "closed-form")
+        run(checkpoint, dataset, "--json", blocker / "scores.json")
 
 
 def test_stem_that_the_data_set_lacks(dataset: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from evaluation.metrics import bss_eval, csdr, frame_median, framewise_sdr, usdr
+from evaluation.metrics import bss_eval, csdr, frame_median, framewise_sdr, si_sdr, usdr
 
 RATE = 44100
 
@@ -142,3 +142,66 @@ def test_missing_ffmpeg_is_one_line_with_the_remedy() -> None:
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert "install ffmpeg" in result.stderr
+
+
+def test_si_sdr_ignores_the_scale() -> None:
+    reference = noise(RATE)
+    # Noise made orthogonal to the reference: a tenth of its amplitude is 20 dB below.
+    error = noise(RATE, seed=1)
+    error -= reference * np.sum(error * reference) / np.sum(reference**2)
+    error *= 0.1 * np.linalg.norm(reference) / np.linalg.norm(error)
+    for scale in (1.0, -3.0, 1e-4):
+        assert si_sdr(reference, scale * (reference + error)) == pytest.approx(20, abs=1e-9)
+    assert si_sdr(reference, 0.3 * reference) == math.inf
+    assert si_sdr(np.array([[1.0, 1.0]]), np.array([[1.0, -1.0]])) == -math.inf
+    assert math.isnan(si_sdr(reference, 0 * reference))
+    assert math.isnan(si_sdr(0 * reference, reference))
+
+
+def constructed() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The odd cases that docs/evaluation.md explains: reference and estimate."""
+    reference = noise(3 * RATE)
+    mono = np.repeat(reference[:1], 2, axis=0)
+    delayed = np.roll(reference, 5, axis=1)
+    return {
+        "perfect": (reference, reference.copy()),
+        "swapped channels": (reference, reference[::-1].copy()),
+        "delayed": (reference, delayed),
+        "half": (reference, 0.5 * reference),
+        "equal channels": (mono, mono + noise(3 * RATE, seed=1)),
+        "opposite channels": (reference, np.stack([reference[0], -reference[0]])),
+    }
+
+
+@pytest.mark.parametrize("case", list(constructed()))
+def test_constructed_signals_equal_museval(case: str) -> None:
+    reference, estimate = constructed()[case]
+    if case == "opposite channels":
+        # Its channels cancel: museval takes it for silent throughout and refuses.
+        with pytest.raises(ValueError, match="non-silent"):
+            museval_sdr(reference, estimate, RATE, RATE)
+        assert np.isnan(framewise_sdr(reference, estimate, RATE, RATE)).all()
+        return
+    expected = museval_sdr(reference, estimate, RATE, RATE)
+    actual = framewise_sdr(reference, estimate, RATE, RATE)
+    if case == "perfect":
+        # The projections leave rounding, 1e-13 of the signal: museval prints 250 dB or more.
+        assert np.all(expected > 240)
+        assert np.all(actual == np.inf)
+    else:
+        np.testing.assert_allclose(actual, expected, atol=1e-9, rtol=0)
+
+
+def test_museval_survives_a_singular_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """museval names an exception by a name that numpy has dropped."""
+
+    def refuse(*arguments: object) -> None:
+        raise np.linalg.LinAlgError("Singular matrix")
+
+    reference = noise(RATE // 4)[None]
+    estimate = reference + 0.1 * noise(RATE // 4, seed=1)[None]
+    expected = bss_eval(reference, estimate)
+    monkeypatch.setattr(np.linalg, "solve", refuse)
+    least_squares = bss_eval(reference, estimate)
+    for name in ("SDR", "ISR", "SAR"):
+        np.testing.assert_allclose(least_squares[name], expected[name], atol=1e-3)

@@ -1,0 +1,223 @@
+"""Parallel, resumable scoring of files, and what happens to bad ones."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from evaluation.estimates import open_folder_source
+from evaluation.evaluate import main
+from evaluation.metrics import csdr, usdr
+from evaluation.records import TrackStore
+from evaluation.result import read_evaluation
+from evaluation.runner import Runner
+from evaluation.scoring import TrackScores
+from models.errors import InputError
+from training.data.sources import open_dataset
+
+RATE = 44100
+TRACKS = ("first song", "second song")
+
+
+def read(path: Path) -> np.ndarray:
+    return soundfile.read(path, dtype="float32", always_2d=True)[0].T
+
+
+@pytest.fixture
+def estimates(dataset: Path, tmp_path: Path) -> Path:
+    """Another separator's folder: a little of the mixture in every estimate."""
+    root = tmp_path / "other separator"
+    for name in TRACKS:
+        folder = dataset / "test" / name
+        audio = read(folder / "vocals.wav") + 0.1 * read(folder / "mixture.wav")
+        (root / name).mkdir(parents=True)
+        soundfile.write(root / name / "vocals.wav", audio.T, RATE, subtype="FLOAT")
+    return root
+
+
+def evaluate(dataset: Path, estimates: Path, *options: object) -> int:
+    arguments = ["--data", dataset, "--estimates", estimates, *options]
+    return main([str(argument) for argument in arguments])
+
+
+def rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    soundfile.write(path, change(read(path)).T, RATE, subtype="FLOAT")
+
+
+def test_folders_of_another_separator(dataset: Path, estimates: Path, tmp_path: Path) -> None:
+    assert evaluate(dataset, estimates, "--output", tmp_path / "run") == 0
+    evaluation = read_evaluation(tmp_path / "run")
+    assert evaluation.label == "other separator"
+    row = evaluation.tracks[0].rows[0]
+    reference = read(dataset / "test" / "first song" / "vocals.wav")
+    estimate = read(estimates / "first song" / "vocals.wav")
+    assert row.csdr == pytest.approx(csdr(reference, estimate), abs=1e-9)
+    assert row.usdr == pytest.approx(usdr(reference, estimate), abs=1e-9)
+    excerpt = read(tmp_path / "run" / "excerpts" / "first song" / "vocals.flac")
+    np.testing.assert_allclose(excerpt, estimate[:, : excerpt.shape[1]], atol=2**-15)
+
+
+def test_layout_of_flat_file_names(dataset: Path, estimates: Path) -> None:
+    for name in TRACKS:
+        shutil.move(estimates / name / "vocals.wav", estimates / f"{name}_vocals.wav")
+    tracks = open_dataset(dataset, "test")
+    source = open_folder_source(estimates, "test", tracks)
+    assert source.stems == ("vocals",)
+    assert source.inputs(tracks[1]) == [estimates / "second song_vocals.wav"]
+
+
+def test_processes_give_the_scores_of_one(dataset: Path, estimates: Path) -> None:
+    tracks = open_dataset(dataset, "test")
+    source = open_folder_source(estimates, "test", tracks)
+    alone, together = (Runner(jobs=jobs).run(tracks, source) for jobs in (1, 2))
+    assert [scores.track for scores in together] == list(TRACKS)
+    assert repr([s.rows for s in alone]) == repr([s.rows for s in together])
+
+
+def test_scored_tracks_are_kept_and_changed_ones_scored_again(
+    dataset: Path, estimates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    evaluate(dataset, estimates, "--output", run)
+    before = (run / "scores.json").read_text()
+    scored: list[str] = []
+
+    def note(self: TrackStore, scores: TrackScores, files: list[Path]) -> None:
+        scored.append(scores.track)
+
+    monkeypatch.setattr(TrackStore, "save", note)
+    evaluate(dataset, estimates, "--output", run)
+    assert scored == []
+    assert json.loads(before)["tracks"] == json.loads((run / "scores.json").read_text())["tracks"]
+    rewrite(estimates / "first song" / "vocals.wav", lambda audio: 0.5 * audio)
+    evaluate(dataset, estimates, "--output", run)
+    assert scored == ["first song"]
+
+
+def test_a_folder_holds_one_evaluation(dataset: Path, estimates: Path, tmp_path: Path) -> None:
+    evaluate(dataset, estimates, "--output", tmp_path / "run", "--tracks", 1)
+    moved = estimates.rename(tmp_path / "another")
+    with pytest.raises(InputError, match="estimates was .*name another --output"):
+        evaluate(dataset, moved, "--output", tmp_path / "run", "--tracks", 1)
+
+
+def test_nan_in_one_estimate_loses_no_other(dataset: Path, estimates: Path, tmp_path: Path) -> None:
+    def spoil(audio: np.ndarray) -> np.ndarray:
+        audio[1, RATE] = np.nan
+        return audio
+
+    path = estimates / "first song" / "vocals.wav"
+    clean = path.read_bytes()
+    rewrite(path, spoil)
+    scores = tmp_path / "scores.json"
+    with pytest.raises(InputError, match=r"NaN.*first at 1\.000 s.*the other 1 tracks are kept"):
+        evaluate(dataset, estimates, "--json", scores)
+    assert not scores.exists()
+    kept = tmp_path / ".scores.json.tracks"
+    assert [file.name for file in kept.iterdir()] == ["second song.json"]
+    path.write_bytes(clean)
+    evaluate(dataset, estimates, "--json", scores)
+    assert len(json.loads(scores.read_text())["tracks"]) == 4
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.unlink(), "no such estimate"),
+        (lambda path: rewrite(path, lambda audio: audio[:, 1:]), "110249 samples.*has 110250"),
+        (lambda path: rewrite(path, lambda audio: audio[:1]), r"1 channel\(s\)"),
+        (lambda path: soundfile.write(path, np.zeros((9, 2)), 48000), "48000 Hz"),
+        (lambda path: path.write_bytes(b"no audio"), "not readable audio"),
+    ],
+)
+def test_bad_estimates_are_named_before_any_work(
+    dataset: Path,
+    estimates: Path,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    message: str,
+) -> None:
+    change(estimates / "second song" / "vocals.wav")
+    with pytest.raises(InputError, match=f"second song/vocals.wav: .*{message}") as error:
+        evaluate(dataset, estimates, "--output", tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "tracks").exists()
+
+
+def test_estimates_that_are_not_there(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        evaluate(dataset, tmp_path / "absent")
+    with pytest.raises(InputError, match="nothing for first song; expected"):
+        evaluate(dataset, tmp_path)
+
+
+def test_museval_files_are_read_by_museval(dataset: Path, estimates: Path, tmp_path: Path) -> None:
+    evaluate(dataset, estimates, "--museval-json", tmp_path / "museval", "--tracks", 1)
+    from museval import EvalStore
+
+    store = EvalStore()
+    store.add_eval_dir(str(tmp_path / "museval"))
+    reference = read(dataset / "test" / "first song" / "vocals.wav")
+    estimate = read(estimates / "first song" / "vocals.wav")
+    found = store.agg_frames_scores()["first song", "vocals", "SDR"]
+    assert found == pytest.approx(csdr(reference, estimate), abs=1e-5)
+
+
+def test_kept_estimates_are_scored_again_as_a_folder(
+    checkpoint: Path, dataset: Path, tmp_path: Path
+) -> None:
+    stems = tmp_path / "stems"
+    options = ["--data", dataset, "--tracks", 1, "--output"]
+    model = ["--checkpoint", checkpoint, "--device", "cpu", *options, tmp_path / "model"]
+    assert main([str(option) for option in model]) == 0
+    # The scores are kept, the estimates were not: the track is separated once more.
+    assert main([str(option) for option in (*model, "--save-estimates", stems)]) == 0
+    assert main([str(option) for option in ("--estimates", stems, *options, tmp_path / "own")]) == 0
+    first, second = (read_evaluation(tmp_path / name).tracks[0].rows for name in ("model", "own"))
+    assert first[0].csdr == second[0].csdr
+    assert [row.estimate for row in second] == ["stems", "mixture"]
+
+
+def test_kept_estimates_never_replace_the_true_stems(dataset: Path, estimates: Path) -> None:
+    before = (dataset / "test" / "first song" / "vocals.wav").read_bytes()
+    options = ["--baseline", "irm", "--data", dataset, "--save-estimates", dataset / "test"]
+    with pytest.raises(InputError, match="holds the data set itself"):
+        main([str(option) for option in options])
+    assert (dataset / "test" / "first song" / "vocals.wav").read_bytes() == before
+    with pytest.raises(InputError, match="files already"):
+        evaluate(dataset, estimates, "--save-estimates", estimates)
+
+
+def test_an_interrupted_run_goes_on(
+    dataset: Path, estimates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C when the first track is saved: it is kept, and no process stays."""
+    root, run = tmp_path / "data", tmp_path / "run"
+    for number in range(6):
+        shutil.copytree(dataset / "test" / "first song", root / "test" / f"song {number}")
+        shutil.copytree(estimates / "first song", estimates / f"song {number}")
+    save = TrackStore.save
+
+    def save_and_interrupt(self: TrackStore, scores: TrackScores, files: list[Path]) -> None:
+        save(self, scores, files)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrackStore, "save", save_and_interrupt)
+        evaluate(root, estimates, "--output", run, "--jobs", 2)
+    assert not [child for child in multiprocessing.active_children() if child.is_alive()]
+    kept = {path.name: path.stat().st_mtime_ns for path in (run / "tracks").iterdir()}
+    assert len(kept) == 1
+    with pytest.raises(InputError, match="is not finished"):
+        read_evaluation(run)
+    assert evaluate(root, estimates, "--output", run) == 0
+    assert all((run / "tracks" / name).stat().st_mtime_ns == t for name, t in kept.items())
+    assert len(read_evaluation(run).tracks) == 6
