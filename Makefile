@@ -49,7 +49,7 @@ demo: setup
 	@echo "Training: $(BIN)/tensorboard --logdir $(DEMO)/run"
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

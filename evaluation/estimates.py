@@ -17,8 +17,8 @@ import torch
 
 from evaluation.scoring import MIXTURE_ESTIMATE
 from models.errors import InputError
-from separation.audio import write_wav
 from separation.separator import Separator
+from separation.writer import write_wav
 from training.data.sources import MIXTURE, Track
 from training.data.track import AUDIO_CHANNELS
 

@@ -235,11 +235,12 @@ def plain_errors(batches: Iterable[Any]) -> Iterator[Any]:
     except InputError as error:
         last = str(error).strip().splitlines()[-1]
         raise InputError(re.sub(r"^[\w.]*Error: ", "", last)) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError) as error:
+        # Reading what a dead worker was handing over fails as a broken connection.
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise InputError(
-            f"a data worker died: {str(error).splitlines()[0]} If memory ran out, lower"
+            f"a data worker died ({str(error).splitlines()[0]}): if memory ran out, lower"
             " data.num_workers or data.prefetch; go on with --resume auto"
         ) from error
 
