@@ -38,12 +38,15 @@ demo: setup
 		$(DEMO)/separated/mixture/vocals.wav $(DEMO)/excerpt/test/*/vocals.wav \
 		$(DEMO)/separated/spectrograms.png
 	$(BIN)/python -m evaluation.evaluate --checkpoint $(DEMO)/run/checkpoints/best.pt \
-		--data $(DEMO)/excerpt --json $(DEMO)/scores_excerpt.json
+		--data $(DEMO)/excerpt --scorer museval --json $(DEMO)/scores_excerpt.json
 	$(BIN)/python -m evaluation.evaluate --checkpoint $(DEMO)/run/checkpoints/best.pt \
-		--data $(DEMO)/data --json $(DEMO)/scores_synthetic.json
+		--data $(DEMO)/data --scorer museval --json $(DEMO)/scores_synthetic.json \
+		--output $(DEMO)/evaluation
+	$(BIN)/python -m evaluation.report $(DEMO)/evaluation --output $(DEMO)/report.html
 	@echo
 	@echo "Data:     $(DEMO)/data (synthetic), $(DEMO)/excerpt (a real excerpt, from stempeg)"
 	@echo "Scores:   $(DEMO)/scores_synthetic.json, $(DEMO)/scores_excerpt.json (tables above)"
+	@echo "Report:   $(DEMO)/report.html (scores, spectrograms and sound, in a browser)"
 	@echo "Sound:    $(DEMO)/separated/mixture/vocals.wav and instrumental.wav"
 	@echo "Picture:  $(DEMO)/separated/spectrograms.png (mixture, estimate, truth)"
 	@echo "Training: $(BIN)/tensorboard --logdir $(DEMO)/run"
