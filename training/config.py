@@ -195,7 +195,7 @@ class RunSection(Section):
     """Where the run writes."""
 
     dir: UserPath
-    """Folder of everything a run writes: config, metrics, checkpoints, TensorBoard, cache."""
+    """Folder of everything a run writes: config, log, metrics, checkpoints, TensorBoard."""
     tensorboard: bool = True
     """Write TensorBoard events to run.dir/tensorboard."""
     examples: NonNegativeInt = 2
