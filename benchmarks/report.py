@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from models.provenance import processor_name, provenance
 
 Cell = str | float | int | None
 
@@ -20,19 +20,15 @@ def environment(device: torch.device, **more: str) -> dict[str, str]:
     facts = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": device_name(device),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "mamba-ssm": "not installed",
+        "causal-conv1d": "not installed",
+        **provenance(),
     }
     if device.type == "cuda":
         facts["driver"] = driver_version()
         facts["cuda"] = str(torch.version.cuda)
     else:
         facts["threads"] = str(torch.get_num_threads())
-    for package in ("triton", "mamba-ssm", "causal-conv1d"):
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = "not installed"
     return facts | more
 
 
@@ -40,11 +36,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's or the processor's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if (
-        info.is_file()
-    ) else []  # fmt: skip
-    return names[0].split(":", 1)[1].strip() if names else platform.processor() or "CPU"
+    return processor_name()
 
 
 def driver_version() -> str:

@@ -5,9 +5,11 @@ Everything is read off what the runs write: `metrics.jsonl` and the checkpoints.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -15,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from models.errors import InputError
 
 MAIN = Path(__file__).parents[1]
 SCALING_COLUMNS = (
@@ -59,16 +63,17 @@ class Launch:
         """The rows of such a run, once it has ended.
 
         Raises:
-            RuntimeError: it failed or ran out of time; the message ends with its last lines.
+            InputError: it failed or ran out of time; the message ends with its last lines.
         """
         process = self.start(name, processes, *words)
         try:
-            code = process.wait(self.limit_s)
+            code: int | str = process.wait(self.limit_s)
         except subprocess.TimeoutExpired:
-            process.kill()
-            code = -1
+            code = f"out of time after {self.limit_s:g} s"
+        finally:
+            end(process)
         if code != 0:
-            raise RuntimeError(f"{name} failed ({code}): {self.tail(name)}")
+            raise InputError(f"{name} failed ({code}): {self.tail(name)}")
         return self.rows(name)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
@@ -87,31 +92,28 @@ class Launch:
 def scaling(launch: Launch, counts: Sequence[int], steps: int) -> list[dict[str, Any]]:
     """Examples a second and efficiency of every count, the same batch a process.
 
-    "first step s" is the time from the start of torchrun to the end of the set-up, and a step.
+    "first step s" is the time from the start of torchrun to the row of the first step.
     """
     table: list[dict[str, Any]] = []
-    words = [
-        "training.accumulation=1",
-        f"training.max_steps={steps}",
-        f"training.log_every={steps // 3}",
-    ]
+    words = ["training.accumulation=1", f"training.max_steps={steps + 1}", "training.log_every=1"]
     words += [f"training.validate_every={10 * steps}", f"training.checkpoint_every={10 * steps}"]
     for count in counts:
         started = time.time()
-        rows = launch.finish(f"scaling_{count}", count, *words)
-        # The first third holds compilation and the loaders' start.
-        last = rows[-1]
-        rate = last["examples_per_second"]
-        alone = table[0]["examples/s"] / table[0]["processes"] if table else rate / count
-        first = (launch.folder / f"scaling_{count}" / "config.yaml").stat().st_mtime
+        first, *rows = launch.finish(f"scaling_{count}", count, *words)
+        # config.yaml is written when all is set up, right before the first step.
+        log = launch.folder / f"scaling_{count}" / "config.yaml"
+        rows = rows[len(rows) // 3 : -1]  # neither the start nor the last validation
+        step = statistics.median(row["seconds_per_step"] for row in rows)
+        rate = rows[-1]["examples_per_second"] * rows[-1]["seconds_per_step"] / step
+        alone = table[0]["examples/s"] if table else rate
         table.append({
             "processes": count,
             "examples/s": rate,
             "efficiency": rate / count / alone,
-            "s/step": last["seconds_per_step"],
-            "waiting for data": last["data_wait_share"],
-            "peak GiB": last.get("gpu_memory_gib"),
-            "first step s": first - started + rows[0]["seconds_per_step"],
+            "s/step": step,
+            "waiting for data": statistics.mean(row["data_wait_share"] for row in rows),
+            "peak GiB": rows[-1].get("gpu_memory_gib"),
+            "first step s": log.stat().st_mtime - started + first["seconds_per_step"],
         })  # fmt: skip
     return table
 
@@ -149,19 +151,16 @@ def kill_one(launch: Launch, processes: int, every: int) -> dict[str, Any]:
     words = ["training.max_steps=1000000", "training.log_every=1", "training.accumulation=1"]
     words += [f"training.checkpoint_every={every}", "training.validate_every=1000000"]
     run = launch.start("killed", processes, *words)
-    last = launch.folder / "killed" / "checkpoints" / "last.pt"
-    deadline = time.monotonic() + launch.limit_s
-    while not last.exists():
-        if run.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"no checkpoint: {launch.tail('killed')}")
-        time.sleep(0.05)
-    os.kill(_children(run.pid)[-1], signal.SIGKILL)
-    started = time.monotonic()
     try:
-        code: int | None = run.wait(2 * _CLOSE_S)
-    except subprocess.TimeoutExpired:
-        run.kill()
-        code = None
+        _wait_for(launch.folder / "killed" / "checkpoints" / "last.pt", run, launch)
+        os.kill(_children(run.pid)[-1], signal.SIGKILL)
+        started = time.monotonic()
+        try:
+            code: int | None = run.wait(2 * _CLOSE_S)
+        except subprocess.TimeoutExpired:
+            code = None
+    finally:
+        end(run)
     seconds = time.monotonic() - started
     reached = launch.rows("killed")[-1]["step"]
     words[0] = f"training.max_steps={reached + every}"
@@ -177,6 +176,29 @@ def kill_one(launch: Launch, processes: int, every: int) -> dict[str, Any]:
     }
 
 
+def end(run: subprocess.Popen[str]) -> None:
+    """End torchrun and the processes it started, each of which leads a session of its own."""
+    if run.poll() is not None:
+        return
+    children = _children(run.pid)
+    run.terminate()  # it hands the signal on
+    try:
+        run.wait(_CLOSE_S)
+    except subprocess.TimeoutExpired:
+        run.kill()
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def _wait_for(path: Path, run: subprocess.Popen[str], launch: Launch) -> None:
+    deadline = time.monotonic() + launch.limit_s
+    while not path.exists():
+        if run.poll() is not None or time.monotonic() > deadline:
+            raise InputError(f"no {path.name} was written: {launch.tail('killed')}")
+        time.sleep(0.05)
+
+
 def _children(pid: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=True)
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
     return [int(word) for word in found.stdout.split()]

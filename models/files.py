@@ -35,15 +35,41 @@ def write_text(path: Path, text: str) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends without an error.
 
+    Its files reach the disk before it has its name.
+
     `path` must not exist then, or be an empty folder.
     """
     temporary = _temporary(path)
     temporary.mkdir()
     try:
         yield temporary
+        for member in temporary.rglob("*"):
+            if member.is_file():
+                with member.open("rb+") as file:
+                    os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_left_parts(folder: Path) -> None:
+    """Remove temporary files in a folder whose processes were killed; those at work keep theirs."""
+    for part in folder.glob(".*.partial*"):
+        number = part.name.removeprefix(".").split(".partial")[0].rpartition(".")[2]
+        if number.isdecimal() and not _is_alive(int(number)):
+            part.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # where signal 0 is no question
+        return process != os.getpid()
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return process != os.getpid()
 
 
 def _temporary(path: Path) -> Path:

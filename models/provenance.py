@@ -27,6 +27,14 @@ def provenance() -> dict[str, str]:
     return found
 
 
+def processor_name() -> str:
+    """What the processor calls itself."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def git_commit() -> str:
     """The commit of the checkout that holds this file."""
     commit = _git("rev-parse", "HEAD")

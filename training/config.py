@@ -185,7 +185,7 @@ class TrainingSection(Section):
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: NonNegativeInt = 2
     """Numbered checkpoints to keep, the newest ones, besides last.pt and best.pt."""
-    seed: NonNegativeInt = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of the initial weights and of the stream of examples."""
     device: Annotated[str, AfterValidator(_device)] = "auto"
     """auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N."""
@@ -223,6 +223,9 @@ class Config(Section):
             raise InputError(
                 f"model.stem_names: '{unknown[0]}' is not in data.stems {list(self.data.stems)}"
             )
+        odd = [n for w in self.loss.windows if (n := max(w, self.loss.n_fft_min)) % 2]
+        if odd:
+            raise InputError(f"loss.windows: FFT lengths should be even, got {odd[0]}")
         # Reflect padding reaches half a window beyond the ends.
         shortest = max(self.model.n_fft, self.loss.n_fft_min, *self.loss.windows, 0) // 2 + 1
         if self.segment_frames < shortest:

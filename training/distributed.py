@@ -140,7 +140,11 @@ def joined_world() -> Iterator[World]:
     cuda = torch.cuda.is_available() and world.local_rank < torch.cuda.device_count()
     if cuda:
         torch.cuda.set_device(world.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"rank {world.rank} cannot join the others: {reason}") from error
     try:
         yield world
     finally:

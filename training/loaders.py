@@ -74,8 +74,8 @@ def prepare_indices(config: Config, folder: RunFolder) -> dict[str, Indexed]:
     """Open the data roots, and find the active windows where the cache lacks them.
 
     Every rank may call it at any time: the activity index of a data root is built under a file lock
-    by whoever comes first, and the others wait and then read it. Call it before a process group
-    with a timeout exists, for a large data set takes minutes.
+    by whoever comes first, and the others wait and then read it, which takes minutes for a large
+    data set.
 
     Returns:
         "train" and "valid", with tracks and windows in the same order on every rank.
@@ -237,11 +237,17 @@ def plain_errors(batches: Iterable[Any]) -> Iterator[Any]:
         raise InputError(re.sub(r"^[\w.]*Error: ", "", last)) from error
     except (RuntimeError, ConnectionError) as error:
         # Reading what a dead worker was handing over fails as a broken connection.
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
+        lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        if "Bus error" in str(error) or "No space left" in str(error):
+            raise InputError(
+                f"a data worker cannot hand over its batches ({lines[-1]}): enlarge /dev/shm"
+                " (docker run --shm-size=8g) or set data.num_workers=0"
+            ) from error
+        if isinstance(error, RuntimeError) and not lines[0].startswith("DataLoader worker"):
+            raise  # a fault of ours, with the worker's traceback
         raise InputError(
-            f"a data worker died ({str(error).splitlines()[0]}): if memory ran out, lower"
-            " data.num_workers or data.prefetch; go on with --resume auto"
+            f"a data worker died ({lines[0]}): if memory ran out, lower data.num_workers or"
+            " data.prefetch; go on with --resume auto"
         ) from error
 
 

@@ -15,6 +15,7 @@ import torch
 from models.errors import InputError
 from training.run_folder import RunFolder
 from training.trainer import Trainer
+from training.writer import snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,19 @@ def dry_run(trainer: Trainer) -> int:
         InputError: the GPU's memory or the disk does not suffice.
     """
     batches = trainer.loaders.training(trainer.position.examples)
-    for _ in range(_STEPS):
+    for number in range(1, _STEPS + 1):
+        # What a step finds on the GPU while checkpoints are written beside it.
+        copies = snapshot((trainer.weights(), trainer.state())) if number == _STEPS else None
         started = time.monotonic()
         trainer.train_step(batches)
         _synchronize(trainer)
         step_seconds = time.monotonic() - started
+    del copies
+    if int(trainer.guard.total) == _STEPS:
+        raise InputError(
+            "no step had a finite gradient: lower training.learning_rate, try"
+            " training.precision=fp32, and look at the data with training.data.inspect"
+        )
     root = trainer.folder.root
     with tempfile.TemporaryDirectory(dir=root, prefix=".dry-run-") as name:
         trainer.folder = RunFolder(Path(name))

@@ -14,7 +14,7 @@ from torch import Tensor
 from models import BSMamba2Config
 from models.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from models.errors import InputError
-from models.files import whole_file
+from models.files import remove_left_parts, whole_file
 from models.provenance import provenance
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,7 @@ class RunFolder:
             raise InputError(
                 f"run.dir {self.root}: cannot make the folder: {error.strerror}"
             ) from error
-        for part in self.checkpoints.glob(".*.partial.*"):
-            part.unlink()  # of a write that a kill cut off
+        remove_left_parts(self.checkpoints)
 
     def save_last(
         self,
@@ -68,7 +67,10 @@ class RunFolder:
         except OSError:  # a file system without them
             with whole_file(numbered) as part:
                 shutil.copyfile(self.last, part)
-        for old in self._numbered()[self.keep :]:
+        numbers = self._numbered()
+        # Those of later steps are of a part of the run that was given up.
+        given_up = [path for path in numbers if _step_of(path) > step]
+        for old in [*given_up, *numbers[len(given_up) :][self.keep :]]:
             old.unlink()
 
     def save_best(
@@ -116,6 +118,10 @@ class RunFolder:
     def _numbered(self) -> list[Path]:
         """The numbered checkpoints, newest first."""
         return sorted(self.checkpoints.glob("step_*.pt"), reverse=True)
+
+
+def _step_of(numbered: Path) -> int:
+    return int(numbered.stem.removeprefix("step_"))
 
 
 def _save(

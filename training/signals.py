@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -16,9 +18,6 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._previous: dict[int, Any] = {}
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -46,5 +45,19 @@ def exit_code(number: int) -> int:
 
 
 def ignore_interrupts(worker: int) -> None:
-    """`worker_init_fn` of a data loader: Ctrl-C reaches its workers too, but the loop ends them."""
+    """`worker_init_fn` of a data loader, whose workers end when the loop ends them.
+
+    Ctrl-C and a scheduler's SIGTERM reach the workers too, and would take the data from the step
+    that is to be finished.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent_alone, daemon=True).start()
+
+
+def _obey_parent_alone() -> None:
+    """Take every SIGTERM of this process and end on that of the one that started it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

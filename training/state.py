@@ -49,20 +49,26 @@ class Position:
         return cls(**{name: training[name] for name in names if name in training})
 
 
-def check_same_network(saved: BSMamba2Config, wanted: BSMamba2Config) -> None:
+def check_same_network(
+    saved: BSMamba2Config, wanted: BSMamba2Config, fine_tuning: bool = False
+) -> None:
     """Compare a checkpoint's network with the configuration's, but for how it is computed.
+
+    fine_tuning: the names of the stems may differ too, for weights of one stem may start another.
 
     Raises:
         InputError: they differ; the line names the first key.
     """
+    ignored = (*_NOT_THE_NETWORK, "stem_names") if fine_tuning else _NOT_THE_NETWORK
+    remedy = "other weights in training.init_from" if fine_tuning else "another run.dir"
     for field in dataclasses.fields(BSMamba2Config):
-        if field.name in _NOT_THE_NETWORK:
+        if field.name in ignored:
             continue
         old, new = getattr(saved, field.name), getattr(wanted, field.name)
         if old != new:
             raise InputError(
                 f"model.{field.name}: the checkpoint has {old}, the configuration {new};"
-                " make them agree or use another run.dir"
+                f" make them agree or use {remedy}"
             )
 
 

@@ -11,8 +11,9 @@ from models.dispatch import candidates, requested_backend
 if TYPE_CHECKING:
     from training.trainer import Trainer
 
-# Weights, gradient, average and two moments, float32.
-_BYTES_PER_PARAMETER = 5 * 4
+# Weights, gradient, average and two moments, and copies of all but the gradient while a
+# checkpoint is written; float32.
+_BYTES_PER_PARAMETER = (5 + 4) * 4
 
 
 def summary(trainer: Trainer) -> list[str]:
@@ -31,8 +32,8 @@ def summary(trainer: Trainer) -> list[str]:
         f" ({settings.batch_size} x {settings.accumulation} accumulated x {trainer.world.size})",
         f"an epoch: {windows:,} active segments, {steps:,.0f} steps;"
         f" validation on {len(trainer.loaders.segments)} segments",
-        f"memory: {fixed:.2f} GiB for weights, gradients, average and moments; what a batch takes"
-        " --dry-run measures",
+        f"memory: {fixed:.2f} GiB for weights, gradients, average, moments and a checkpoint;"
+        " what a batch takes --dry-run measures",
     ]
 
 

@@ -22,6 +22,7 @@ everything and tells whether it fits.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -74,6 +75,13 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(
                 "the GPU's memory ran out: lower training.batch_size (and raise"
                 " training.accumulation to match) or set model.gradient_checkpointing=true"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise InputError(
+                f"{error.filename or config.run.dir}: cannot be written: {error.strerror}; free"
+                " space, then go on with --resume auto"
             ) from error
         except RuntimeError as error:
             if world.size == 1 or not lost_a_rank(error):

@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from models import BSMamba2
 from models.checkpoint import Checkpoint, read_checkpoint
+from models.errors import InputError
 from models.provenance import provenance
 from training.config import Config
 from training.data.mixing import Example
@@ -76,6 +77,8 @@ class Trainer:
         self.folder = folder
         self.world = world or World()
         self.device = resolve_device(self.settings.device, self.world)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # events and streams are the current device's
         with self.world.main_first():  # rank 0 indexes the data set
             self.loaders = Loaders(config, folder, self.world.rank, self.world.size)
         apply_switches(self.settings)
@@ -92,6 +95,7 @@ class Trainer:
             self.load(checkpoint)
         elif self.settings.init_from is not None:
             self.load_weights()
+        self._check_ranks_agree()
         # After the weights, which it takes from rank 0.
         self.replicas = replicate(self.network, self.device, self.world)
         self.guard = FiniteGuard(self.device)
@@ -100,6 +104,16 @@ class Trainer:
         self.watch = Stopwatch()  # of this process
         self.row_watch, self.row_step = Stopwatch(), self.position.step
         self.averages = Averages()
+
+    def _check_ranks_agree(self) -> None:
+        """All ranks must go on from one place in one stream, which one folder and data set give."""
+        windows = {stem: len(rows) for stem, rows in self.loaders.mixes.windows.items()}
+        ranks = self.world.gather((self.step, windows))
+        if any(rank != ranks[0] for rank in ranks):
+            raise InputError(
+                f"the ranks start at different steps or with different segments ({ranks}): run.dir"
+                " and the data must be the same on all machines"
+            )
 
     @property
     def step(self) -> int:
@@ -146,7 +160,7 @@ class Trainer:
     def reporting(self, files: bool = True) -> Iterator[Logbook | None]:
         """The checkpoint writer and, on rank 0, the logbook, until the body ends."""
         with ExitStack() as stack:
-            self.writer = stack.enter_context(closing(BackgroundWriter()))
+            self.writer = stack.enter_context(BackgroundWriter())
             stack.enter_context(logging_redirect_tqdm())
             logbook = None
             if files and self.world.is_main:
@@ -306,7 +320,7 @@ class Trainer:
         with self.ema.applied(self.model):
             batches = self.loaders.validation()
             result = validate(self.estimate, self.model, self.loss, batches, self.world)
-            if logbook is not None:
+            if logbook is not None and self.config.run.tensorboard:
                 self._show_examples(logbook)
         if self.settings.schedule == "plateau":
             self.plateau.note(result.mean_usdr)
@@ -380,7 +394,8 @@ class Trainer:
         self.model.load_state_dict(training["weights"])
         self.ema.load_state_dict(training.get("ema", checkpoint.state_dict))
         self.optimizer.load_state_dict(training["optimizer"])
-        self.scaler.load_state_dict(training["scaler"])
+        if training["scaler"] and self.scaler.is_enabled():  # else the precision has changed
+            self.scaler.load_state_dict(training["scaler"])
         self.plateau.load_state_dict(training["plateau"])
         for group in self.optimizer.param_groups:
             # The configuration rules, also where it changed since.
@@ -399,7 +414,7 @@ class Trainer:
         """
         assert self.settings.init_from is not None
         found = read_checkpoint(self.settings.init_from)
-        check_same_network(found.config, self.config.model)
+        check_same_network(found.config, self.config.model, fine_tuning=True)
         self.model.load_state_dict(found.state_dict)
         self.ema = EMA(self.model, self.settings.ema_decay)
         logger.info("weights from %s", self.settings.init_from)

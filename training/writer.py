@@ -35,6 +35,13 @@ class BackgroundWriter:
         self._thread = threading.Thread(target=self._work, daemon=True, name="checkpoints")
         self._thread.start()
 
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not KeyboardInterrupt:  # a second Ctrl-C waits for nothing
+            self.close()
+
     def submit(self, job: Callable[[], None]) -> None:
         """Queue a job; raises what an earlier one raised."""
         self.check()
@@ -61,11 +68,6 @@ class BackgroundWriter:
             ) from error
         raise error
 
-    def flush(self) -> None:
-        """Wait for all jobs; raises what one of them raised."""
-        self._jobs.join()
-        self.check()
-
     def close(self) -> None:
         """Wait for all jobs and end the thread; raises what one of them raised."""
         self._jobs.put(None)
@@ -79,8 +81,6 @@ class BackgroundWriter:
                     job()
             except BaseException as error:  # handed to the training thread
                 self._error = error
-            finally:
-                self._jobs.task_done()
 
 
 def _on_side_stream(job: Callable[[], None], ready: torch.cuda.Event | None) -> None:

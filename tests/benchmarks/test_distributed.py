@@ -25,5 +25,5 @@ def test_counts_start_at_one_and_divide_the_largest() -> None:
 
 def test_a_failed_run_is_reported_with_its_last_lines(tmp_path: Path) -> None:
     launch = Launch(tmp_path / "absent.yaml", tmp_path)
-    with pytest.raises(RuntimeError, match=r"^alone failed \(1\): .*absent.yaml"):
+    with pytest.raises(InputError, match=r"^alone failed \(1\): .*absent.yaml"):
         launch.finish("alone", 1)

@@ -3,7 +3,7 @@
     python forked.py steps FOLDER CONFIG    the same two steps on one, two and three ranks
     python forked.py kills FOLDER CONFIG    a run, and the same one killed at random moments
     python forked.py two FOLDER CONFIG      a run on two ranks, killed once it has a checkpoint
-    python forked.py one FOLDER CONFIG      such runs, of which one rank is stopped or killed
+    python forked.py one FOLDER CONFIG      runs stopped with their workers, and by one rank
 
 It must compute nothing itself: a process that has run threads cannot be forked safely.
 """
@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -56,7 +57,10 @@ def fork_ranks(size: int, target: Callable[[], int | None]) -> list[int]:
     """Run `target` in as many processes as torchrun would start, with its environment."""
     if size == 1:
         return [fork(target)]
-    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29800 + size)}
+    with socket.socket() as free:  # tests run side by side
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
     return [fork(target, common | number) for number in numbers]
 
@@ -100,8 +104,8 @@ def steps(folder: Path, config: str) -> None:
         wait(fork_ranks(size, lambda out=out, words=words: two_steps(out, config, words)))
 
 
-def run(folder: Path, config: str) -> int:
-    words = ["--config", config, "--resume", "auto", f"run.dir={folder}"]
+def run(folder: Path, config: str, *overrides: str) -> int:
+    words = ["--config", config, "--resume", "auto", f"run.dir={folder}", *overrides]
     return training.train.main(words)
 
 
@@ -117,6 +121,11 @@ def two(folder: Path, config: str) -> None:
 
 
 def one(folder: Path, config: str) -> None:
+    pid = fork(lambda: (os.setsid(), run(folder / "group", config, "data.num_workers=1"))[1])
+    while not (folder / "group" / "checkpoints" / "last.pt").exists():
+        time.sleep(0.001)
+    os.killpg(pid, signal.SIGTERM)  # the workers get it too
+    wait([pid])
     for name in ("stopped", "orphaned"):
         pids = fork_ranks(2, lambda name=name: run(folder / name, config))
         while not (folder / name / "checkpoints" / "last.pt").exists():

@@ -105,6 +105,8 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         (["data.silent_prob=1"], r"^data.silent_prob: .*less than 1, got 1$"),
         (["data.gain_min=2"], r"^data: gain_min 2.0 should not exceed gain_max 1.5$"),
         (["data.segment_seconds=0.02"], r"^data.segment_seconds: should be at least 0.046"),
+        (["training.seed=18446744073709551616"], r"^training.seed: .*less than"),
+        (["loss.windows=[2049]"], r"^loss.windows: FFT lengths should be even, got 2049$"),
         (["model.stem_names=[piano]"], r"^model.stem_names: 'piano' is not in data.stems"),
         (["model.dim=-4"], r"^model.*dim"),
         (["training=3"], r"^training: .*section.*, got 3$"),

@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from models.checkpoint import Checkpoint, read_checkpoint
-from training.distributed import Agreement, World
+from models.errors import InputError
+from training.distributed import Agreement, World, joined_world
 
 MAIN = Path(__file__).parents[2]
 FORKED = Path(__file__).with_name("forked.py")
@@ -22,7 +23,9 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(MAIN), "OMP_NUM_THREADS": "1"}
 
 def run_forked(*words: str | Path) -> str:
     command = [sys.executable, str(FORKED), *map(str, words)]
-    result = subprocess.run(command, cwd=MAIN, env=ENVIRONMENT, capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=MAIN, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     return result.stderr
 
@@ -65,10 +68,13 @@ def test_run_on_two_ranks_killed_and_resumed_equals_a_whole_one(
 def test_one_rank_stopped_or_lost_ends_the_run_on_all(tiny_config: Path, tmp_path: Path) -> None:
     training = {"max_steps": 10_000, "checkpoint_every": 3, "validate_every": 10_000}
     errors = run_forked("one", tmp_path, change(tiny_config, training=training))
-    # SIGTERM to rank 1 alone: both finish a step, rank 0 writes the checkpoint of it.
+    # SIGTERM to a run and its data workers; then to rank 1 alone: both ranks finish a step, and
+    # rank 0 writes the checkpoint of it.
     stopped = [line for line in errors.splitlines() if "stopped at step" in line]
-    checkpoint = read_checkpoint(tmp_path / "stopped" / "checkpoints" / "last.pt")
-    assert len(stopped) == 1 and f"stopped at step {checkpoint.training['step']}:" in stopped[0]
+    assert len(stopped) == 2
+    for name, line in zip(("group", "stopped"), stopped, strict=True):
+        checkpoint = read_checkpoint(tmp_path / name / "checkpoints" / "last.pt")
+        assert f"stopped at step {checkpoint.training['step']}:" in line
     # kill -9 of rank 1: rank 0 ends with one line, its checkpoint is whole.
     lost = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(lost) == 1 and "rank 0 stops, since another one is gone" in lost[0]
@@ -123,6 +129,19 @@ def test_run_killed_twenty_times_equals_a_whole_one(tiny_config: Path, tmp_path:
     assert len(rows[0]) == len(rows[1]) == 100
     names = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}
     assert names == {"last.pt", "best.pt", "step_00000099.pt", "step_00000100.pt"}
+
+
+def test_incomplete_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InputError, match="start several processes with torchrun"), joined_world():
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with (
+        pytest.raises(InputError, match="rank 0 cannot join the others.*MASTER_ADDR"),
+        joined_world(),
+    ):
+        pass
 
 
 def test_alone_a_proposal_is_the_answer_at_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import logging
@@ -23,6 +24,7 @@ from models import BSMamba2, load_checkpoint
 from models.checkpoint import read_checkpoint
 from models.errors import InputError, run_command
 from training.config import load_config
+from training.logbook import Logbook
 from training.run_folder import RunFolder
 from training.train import main
 from training.trainer import Trainer
@@ -261,12 +263,46 @@ def test_full_disk_leaves_the_last_checkpoint_whole(tiny_config: Path, tmp_path:
     assert read_checkpoint(folder / "last.pt").training["step"] == 4
 
 
+def test_full_disk_met_by_the_metrics_is_one_line(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(self: Logbook, row: dict[str, float]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Logbook, "write", fill)
+    with pytest.raises(InputError, match=r"run: cannot be written: No space left.*--resume auto"):
+        train(tiny_config)
+
+
+def test_going_back_gives_up_the_checkpoints_of_later_steps(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    words = ["training.checkpoint_every=1", "training.keep_checkpoints=3"]
+    assert train(tiny_config, *words) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    back = folder / "step_00000002.pt"
+    assert train(tiny_config, *words, "training.max_steps=3", "--resume", str(back)) == 0
+    names = {path.name for path in folder.glob("step_*")}
+    assert names == {"step_00000002.pt", "step_00000003.pt"}
+    assert read_checkpoint(folder / "last.pt").training["step"] == 3
+
+
+def test_precision_may_change_between_two_parts_of_a_run(tiny_config: Path) -> None:
+    for steps, precision in enumerate(("fp32", "fp16", "bf16", "fp16"), start=1):
+        words = [f"training.max_steps={steps}", f"training.precision={precision}"]
+        assert train(tiny_config, *words, "--resume", "auto") == 0
+
+
 def test_parts_of_a_write_that_was_killed_are_removed(tiny_config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
-    (folder / ".last.123.partial.pt").write_bytes(b"half")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (folder / f".last.{dead.pid}.partial.pt").write_bytes(b"half")
+    at_work = folder / f".last.{os.getppid()}.partial.pt"
+    at_work.write_bytes(b"half")
     assert train(tiny_config, "training.max_steps=1") == 0
-    assert not list(folder.glob(".*"))
+    assert list(folder.glob(".*")) == [at_work]
 
 
 def test_fine_tuning_starts_from_the_weights_of_a_checkpoint(
@@ -280,6 +316,9 @@ def test_fine_tuning_starts_from_the_weights_of_a_checkpoint(
     assert trainer.step == 0
     assert_equal(saved, dict(trainer.model.state_dict()))
     assert_equal(saved, dict(trainer.weights()))
+    # Weights of one stem may start another.
+    drums = make_trainer(tiny_config, *words, "model.stem_names=[drums]")
+    assert_equal(saved, dict(drums.model.state_dict()))
     with pytest.raises(InputError, match=r"^model.d_state: the checkpoint has 8"):
         make_trainer(tiny_config, *words, "model.d_state=16")
 

@@ -18,9 +18,16 @@ def test_jobs_run_in_order_beside_the_caller() -> None:
     writer.submit(lambda: done.append("second"))
     assert done == []
     gate.set()
-    writer.flush()
-    assert done == [True, "second"]
     writer.close()
+    assert done == [True, "second"]
+
+
+def test_second_interrupt_waits_for_nothing() -> None:
+    gate = threading.Event()
+    with pytest.raises(KeyboardInterrupt), BackgroundWriter() as writer:
+        writer.submit(lambda: gate.wait(60) or None)
+        raise KeyboardInterrupt
+    gate.set()
 
 
 def test_full_disk_is_one_line_and_stops_what_follows() -> None:
@@ -30,11 +37,10 @@ def test_full_disk_is_one_line_and_stops_what_follows() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "run/checkpoints/last.pt")
 
     writer.submit(fail)
-    with pytest.raises(InputError, match=r"last.pt: cannot be written: No space .*--resume auto"):
-        writer.flush()
     writer.submit(lambda: done.append(1))
-    writer.close()
-    assert done == [1]
+    with pytest.raises(InputError, match=r"last.pt: cannot be written: No space .*--resume auto"):
+        writer.close()
+    assert done == []
 
 
 def test_a_fault_of_ours_keeps_its_type() -> None:

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from training.data.activity_cache import Activity, load_activity, save_activity
 from training.data.audio_files import AudioFile
@@ -99,7 +98,9 @@ def _chunk_rms(energy: np.ndarray, window: int, hop: int, chunks: int) -> np.nda
     if windows == 0:
         return np.empty((energy.shape[0], 0, chunks))
     starts = hop * np.arange(windows)[:, None] + chunk * np.arange(chunks)  # window chunk
-    chunk_energy = sliding_window_view(energy, chunk // block, axis=-1)[:, starts // block].sum(-1)
+    first = starts // block
+    totals = np.cumsum(np.pad(energy, ((0, 0), (1, 0))), axis=-1)
+    chunk_energy = np.maximum(totals[:, first + chunk // block] - totals[:, first], 0)
     rms = np.sqrt(chunk_energy / chunk)
     return np.where(rms == 0, _SILENT_RMS, rms)
 

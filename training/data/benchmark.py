@@ -17,7 +17,6 @@ import itertools
 import json
 import logging
 import multiprocessing
-import platform
 import queue
 import shutil
 import tempfile
@@ -36,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from models.errors import InputError, run_command
 from models.files import write_text
+from models.provenance import processor_name, provenance
 from training.config import Config, parse_config
 from training.data.activity import build_activity_index
 from training.data.activity_cache import Activity, save_activity
@@ -236,6 +236,7 @@ def four_minute_tracks(folder: Path, tracks: int) -> Path:
 
 
 def write_songs(root: Path, tracks: int, seconds: float) -> None:
+    """A synthetic data set whose songs have this length."""
     from training.data.synthetic import write_synthetic
 
     write_synthetic(root, tracks=tracks, seconds=seconds)
@@ -266,32 +267,24 @@ def make_config(root: Path, run: Path, workers: int, cache: Path | None = None) 
 
 
 def make_loaders(root: Path, run: Path, workers: int, cache: Path | None = None) -> Loaders:
+    """The loaders of a run of the paper's recipe on a data root."""
     config = make_config(root, run, workers, cache)
     return Loaders(config, RunFolder(config.run.dir))
 
 
 def machine() -> dict[str, str]:
     """What the numbers were measured on."""
-    model = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        lines = information.read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        model = names[0] if names else model
-    return {
-        "processor": model,
-        "processors": str(processors()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    return {"processor": processor_name(), "processors": str(processors()), **provenance()}
 
 
 def format_result(result: Result) -> str:
+    """One line of the table."""
     goal = f"   (goal: {result.goal})" if result.goal else ""
     return f"{result.name:<58} {result.value:>10.4g} {result.unit}{goal}"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command-line arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m training.data.benchmark", description="Measure how fast training data come."
     )
@@ -316,6 +309,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
     args = parse_arguments(argv)
     logging.getLogger("training").setLevel(logging.WARNING)
     torch.set_num_threads(1)

@@ -171,6 +171,7 @@ def _spans(starts: np.ndarray, segment_frames: int, rate: int) -> list[tuple[flo
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command-line arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m training.data.inspect", description="Look at a data set."
     )
@@ -195,6 +196,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # What the index cannot read is in the list at the end.

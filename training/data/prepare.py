@@ -152,6 +152,7 @@ def _first_writable(folders: Sequence[Path]) -> Path:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command-line arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m training.data.prepare",
         description="Decode, resample and index data sets ahead of training.",
