@@ -181,7 +181,7 @@ def measure_opening(folder: Path, tracks: int, workers: int) -> Iterator[Result]
     yield Result(f"reading the headers of {tracks} tracks", time.perf_counter() - began, "s")
     headers[root].save()
     write_index(root, opened)
-    del opened
+    del opened, headers  # a run has none of them
     began = time.perf_counter()
     prepare_indices(config, RunFolder(config.run.dir))
     yield Result(f"opening {tracks} indexed tracks", time.perf_counter() - began, "s", "2")
