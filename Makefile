@@ -52,7 +52,7 @@ demo: setup
 	@echo "Training: $(BIN)/tensorboard --logdir $(DEMO)/run"
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
