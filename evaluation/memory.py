@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
@@ -24,10 +25,8 @@ def available_bytes() -> int | None:
 
 
 def _machine_bytes() -> int | None:
-    try:
+    with suppress(OSError, KeyError, ValueError):
         return 1024 * _table(MEMINFO)["MemAvailable"]
-    except (OSError, KeyError, ValueError):
-        pass
     # Leaves out what the page cache would give back: too little rather than too much.
     if {"SC_AVPHYS_PAGES", "SC_PAGE_SIZE"} <= set(getattr(os, "sysconf_names", {})):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -41,11 +40,9 @@ def _container_bytes() -> int | None:
         used = int((CGROUP / "memory.current").read_text())
     except (OSError, ValueError):
         return None
-    try:
+    with suppress(OSError, KeyError, ValueError):
         # Files that were read count as used, and are given back as soon as memory is asked for.
         used -= _table(CGROUP / "memory.stat")["inactive_file"]
-    except (OSError, KeyError, ValueError):
-        pass
     return max(0, limit - used)
 
 

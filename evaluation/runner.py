@@ -71,8 +71,8 @@ class Runner:
         """Scores in the order of `tracks`.
 
         Raises InputError before any work if something is missing, or `estimates` is the data set
-        or holds the estimates of another source; and if some track could not be scored, after all others were: they are in the store, and
-        the same call goes on from there.
+        or holds the estimates of another source; and if some track could not be scored, after all
+        others were: they are in the store, and the same call goes on from there.
         """
         source.check(tracks)
         self._spare_references(tracks)

@@ -102,13 +102,10 @@ def test_protocols_differ_where_chunks_join(
         return float(np.abs(vocals[name] - vocals["whole"])[:, near].max())
 
     # Side by side, chunks join at 1 and 2 s; ours share 0.75 to 1 s and 1.5 to 1.75 s.
-    print(
-        {
-            n: [round(error(n, s), 5) for s in (0.5, 0.75, 0.875, 1, 1.3, 1.5, 1.625, 1.75, 2, 2.3)]
-            for n in vocals
-        }
-    )
-    assert min(error("paper", 1), error("paper", 2)) > 4 * error("paper", 1.5)
+    joined = min(error("paper", 1), error("paper", 2))
+    assert joined > 20 * error("paper", 1.5)
+    assert joined > 20 * max(error("ours", s) for s in (0.75, 0.875, 1, 1.5, 1.625, 1.75, 2))
+    assert error("ours", 0.875) > 0
 
 
 def test_bad_input_is_one_line_and_exit_code_2(checkpoint: Path, tmp_path: Path) -> None:
