@@ -108,7 +108,11 @@ class Runner:
             for track in tracks
             if self._has_estimates(track, source)
         }
-        done = {name: scores for name, scores in found.items() if scores is not None}
+        done = {
+            name: scores
+            for name, scores in found.items()
+            if scores is not None and self._has_excerpts(scores)
+        }
         if done:
             logger.warning("%d of %d tracks are scored already", len(done), len(tracks))
         return done
@@ -146,6 +150,13 @@ class Runner:
             return True
         folder = self.estimates / track.name
         return all((folder / f"{stem}.wav").is_file() for stem in source.stems)
+
+    def _has_excerpts(self, scores: TrackScores) -> bool:
+        if self.excerpts is None:
+            return True
+        return all(
+            _excerpt_path(self.excerpts, scores.track, stem).is_file() for stem in scores.excerpts
+        )
 
     def _score(
         self, tracks: Sequence[Track], source: Source, folder: Path
@@ -211,7 +222,7 @@ def score_job(job: Job) -> TrackScores:
     scores = score_track(signals, label=job.label, scorer=job.scorer)
     if job.excerpts:
         for stem, (start, frames) in scores.excerpts.items():
-            path = job.excerpts / track.name / f"{stem}.flac"
+            path = _excerpt_path(job.excerpts, track.name, stem)
             with whole_file(path) as part:
                 audio = signals.estimates[stem](start, frames).T.clip(-1, 1)
                 soundfile.write(part, audio, track.sample_rate, subtype="PCM_16")
@@ -291,6 +302,10 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _excerpt_path(folder: Path, track: str, stem: str) -> Path:
+    return folder / track / f"{stem}.flac"
 
 
 def _files(track: Track, source: Source) -> list[Path]:

@@ -139,8 +139,7 @@ def _bins_and_channels(
         is_power = found & (found - 1) == 0
         if found == n_fft or (n_fft is None and is_power):
             return found, channels
-    kinds = {None: "mono or stereo", 1: "mono", 2: "stereo"}
-    channels_text = kinds.get(audio_channels, f"{audio_channels} channels")
+    channels_text = {None: "mono or stereo", 1: "mono", 2: "stereo"}[audio_channels]
     n_fft_text = "an n_fft that is a power of two" if n_fft is None else f"n_fft {n_fft}"
     raise InputError(
         f"{source}: its bands have {total} features, which are not those of {channels_text} with"

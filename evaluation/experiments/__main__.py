@@ -101,7 +101,8 @@ def run_baselines(arguments: argparse.Namespace) -> None:
         sources.append((open_folder_source(folder, arguments.subset, tracks, stems), info))
     for name in arguments.baseline:
         sources.append((open_baseline(name, stems, arguments.device), info))
-    labels = [source.label for source, _ in sources]
+    # "model/", the label of a folder of that name, lies where "model" does.
+    labels = [source.label.rstrip("/") for source, _ in sources]
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:
         raise InputError(f"{twice[0]}: two estimates of this name; rename a folder of --estimates")

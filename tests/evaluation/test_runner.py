@@ -103,10 +103,24 @@ def test_scored_tracks_are_kept_and_changed_ones_scored_again(
     assert scored == ["first song"]
 
 
+def test_a_track_without_its_excerpt_is_scored_again(
+    dataset: Path, estimates: Path, tmp_path: Path
+) -> None:
+    evaluate(dataset, estimates, "--output", tmp_path / "run")
+    excerpt = tmp_path / "run" / "excerpts" / "first song" / "vocals.flac"
+    content = excerpt.read_bytes()
+    excerpt.unlink()
+    evaluate(dataset, estimates, "--output", tmp_path / "run")
+    assert excerpt.read_bytes() == content
+
+
 def test_a_folder_holds_one_evaluation(dataset: Path, estimates: Path, tmp_path: Path) -> None:
     evaluate(dataset, estimates, "--output", tmp_path / "run", "--tracks", 1)
     moved = estimates.rename(tmp_path / "another")
     with pytest.raises(InputError, match="estimates was .*name another --output"):
+        evaluate(dataset, moved, "--output", tmp_path / "run", "--tracks", 1)
+    (tmp_path / "run" / "identity.json").write_text("[]")
+    with pytest.raises(InputError, match=r"identity\.json: damaged"):
         evaluate(dataset, moved, "--output", tmp_path / "run", "--tracks", 1)
 
 
