@@ -177,7 +177,7 @@ def claim_folder(folder: Path, identity: dict[str, Any], option: str) -> None:
         ) from error
     if changed:
         raise InputError(
-            f"{folder}: holds another evaluation ({changed[0]} was {kept.get(changed[0])},"
+            f"{folder}: holds another evaluation's files ({changed[0]} was {kept.get(changed[0])},"
             f" is {identity.get(changed[0])}); name another {option}, or delete the folder"
         )
 

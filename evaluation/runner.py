@@ -134,10 +134,11 @@ class Runner:
 
     def _claim_estimates(self, tracks: Sequence[Track], source: Source) -> None:
         """Estimates of two sources have the same names: a folder keeps those of one."""
-        if self.estimates is None or not source.stems:
+        if self.estimates is None or any(source.inputs(track) for track in tracks):
             return
+        files = (self.estimates / t.name / f"{stem}.wav" for t in tracks for stem in source.stems)
         is_marked = (self.estimates / IDENTITY).is_file()
-        if not is_marked and any(self._has_estimates(track, source) for track in tracks):
+        if not is_marked and any(path.is_file() for path in files):
             raise InputError(
                 f"{self.estimates}: holds stems of an unknown origin;"
                 " name another --save-estimates, or delete the folder"

@@ -76,8 +76,7 @@ def export(arguments: argparse.Namespace) -> None:
     try:
         writers[kind](found, arguments)
     except OSError as error:
-        path = error.filename or target
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
 
 
 def _write_safetensors(found: Checkpoint, arguments: argparse.Namespace) -> None:
