@@ -97,7 +97,8 @@ class FolderSource:
     """Stems in folders, as Demucs, MSST and `separation.separate` write them.
 
     A track's stem is looked for at `root/[subset/]<track>/<stem>.wav`, then at
-    `root/[subset/]<track>_<stem>.wav`; flac, mp3 and ogg do as well.
+    `.../<track>/mixture/<stem>.wav`, where `separation.separate` puts the stems of a data set's
+    mixtures, and at `.../<track>_<stem>.wav`; flac, mp3 and ogg do as well.
     """
 
     root: Path
@@ -144,7 +145,7 @@ class FolderSource:
 def find_estimate(root: Path, subset: str, track: str, stem: str) -> Path | None:
     """The file of a stem in a folder of estimates, None if there is none."""
     for folder in (root, root / subset):
-        for name in (f"{track}/{stem}", f"{track}_{stem}"):
+        for name in (f"{track}/{stem}", f"{track}/{MIXTURE}/{stem}", f"{track}_{stem}"):
             for suffix in SUFFIXES:
                 if (path := folder / f"{name}{suffix}").is_file():
                     return path

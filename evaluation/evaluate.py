@@ -24,8 +24,7 @@ from evaluation.options import (
     BASELINES,
     add_data_options,
     add_model_options,
-    open_source,
-    open_tracks,
+    open_evaluation,
 )
 from evaluation.records import TrackStore, require_writable, write_json, write_museval_json
 from evaluation.result import evaluate, identity_of
@@ -63,8 +62,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    tracks = open_tracks(arguments)
-    source, info = open_source(arguments, tracks)
+    tracks, source, info = open_evaluation(arguments)
     if arguments.save_estimates and arguments.estimates:
         raise InputError("--save-estimates: the stems of --estimates are files already")
     if arguments.museval_json:

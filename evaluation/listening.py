@@ -15,7 +15,7 @@ import soundfile
 from evaluation.result import EXCERPTS, Evaluation, names_of
 from evaluation.scoring import MIXTURE_ESTIMATE
 from models.errors import InputError
-from training.data.sources import MIXTURE, Track, open_dataset
+from training.data.sources import MIXTURE, STEMS, Track, open_dataset
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +42,14 @@ def examples(evaluations: Sequence[Evaluation], stem: str, data: Path | None) ->
     """
     first = evaluations[0]
     report = first.report
-    tracks = {t.name: t for t in open_dataset(data or Path(report["data"]), report["subset"])}
+    opened = open_dataset(
+        data or Path(report["data"]),
+        report["subset"],
+        sample_rate=None,
+        stems=tuple(report.get("data_stems", STEMS)),
+        use_copies=False,
+    )
+    tracks = {track.name: track for track in opened}
     found = []
     for kind, name, score in chosen_tracks(first, stem):
         if name not in tracks:

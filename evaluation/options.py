@@ -20,7 +20,7 @@ from evaluation.oracles import MASKS, separate_with_oracle
 from evaluation.scoring import SCORERS
 from models.errors import InputError
 from separation.separator import DEVICES, DTYPES, PROTOCOLS, Separator, pick_device
-from training.data.sources import STEMS, SUBSETS, Track, open_dataset
+from training.data.sources import MIXTURE, STEMS, SUBSETS, Track, open_dataset
 
 BASELINES = (*MASKS, "hdemucs")
 
@@ -32,6 +32,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tracks", type=int, metavar="N", help="only the first N tracks")
     parser.add_argument(
         "--stems", type=_stems, default=(), metavar="A,B", help="of --estimates and --baseline"
+    )
+    parser.add_argument(
+        "--data-stems",
+        type=_stems,
+        default=STEMS,
+        metavar="A,B",
+        help=f"stems that sum to the data set's mixtures (default: {','.join(STEMS)})",
     )
     parser.add_argument(
         "--scorer",
@@ -57,15 +64,36 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="chunks at once")
 
 
-def open_tracks(arguments: argparse.Namespace) -> list[Track]:
-    """The tracks that the options ask for. Raises InputError for a bad option or data set."""
+def open_tracks(arguments: argparse.Namespace, sample_rate: int | None = None) -> list[Track]:
+    """The tracks that the options ask for, all of one rate.
+
+    sample_rate: what they must have, in Hz; None takes what they have.
+    Raises InputError for a bad option or data set.
+    """
     if arguments.tracks is not None and arguments.tracks < 1:
         raise InputError(f"--tracks {arguments.tracks}: must be at least 1")
     if arguments.jobs < 0:
         raise InputError(f"--jobs {arguments.jobs}: must be at least 0")
     if arguments.scorer == "museval":
         import_museval()  # fails now rather than after the first track is separated
-    return open_dataset(arguments.data, arguments.subset)[: arguments.tracks]
+    unknown = [stem for stem in arguments.stems if stem not in arguments.data_stems]
+    if unknown:
+        raise InputError(
+            f"--stems {unknown[0]}: the data set has {', '.join(arguments.data_stems)}"
+            " (--data-stems)"
+        )
+    tracks = open_dataset(
+        arguments.data,
+        arguments.subset,
+        sample_rate=sample_rate,
+        stems=arguments.data_stems,
+        use_copies=False,
+    )[: arguments.tracks]
+    rates = {track.sample_rate: track.name for track in tracks}
+    if len(rates) > 1:
+        found = ", ".join(f"{name} has {rate} Hz" for rate, name in sorted(rates.items()))
+        raise InputError(f"{arguments.data}: tracks of several rates ({found}); resample them")
+    return tracks
 
 
 def open_checkpoint(
@@ -89,7 +117,10 @@ def open_checkpoint(
 
 
 def describe_data(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"data": str(arguments.data), "subset": arguments.subset}
+    described = {"data": str(arguments.data), "subset": arguments.subset}
+    if arguments.data_stems == STEMS:
+        return described
+    return {**described, "data_stems": list(arguments.data_stems)}
 
 
 def open_baseline(name: str, stems: tuple[str, ...], device: str) -> ComputedSource:
@@ -102,25 +133,26 @@ def open_baseline(name: str, stems: tuple[str, ...], device: str) -> ComputedSou
     return ComputedSource(name, stems, {"baseline": name}, separate, rate)
 
 
-def open_source(
-    arguments: argparse.Namespace, tracks: list[Track]
-) -> tuple[Source, dict[str, Any]]:
-    """What --checkpoint, --estimates or --baseline names, and what a report says of it."""
+def open_evaluation(
+    arguments: argparse.Namespace,
+) -> tuple[list[Track], Source, dict[str, Any]]:
+    """The tracks; what --checkpoint, --estimates or --baseline names; what a report says of it."""
+    source: Source
     if arguments.checkpoint:
         if arguments.stems:
             raise InputError("--stems: a checkpoint has its own; leave the option out")
-        return open_checkpoint(arguments)
-    source: Source
+        source, info = open_checkpoint(arguments)
+        return open_tracks(arguments, source.sample_rate), source, info
+    tracks = open_tracks(arguments)
     if arguments.estimates:
         source = open_folder_source(arguments.estimates, arguments.subset, tracks, arguments.stems)
     else:
         source = open_baseline(arguments.baseline, arguments.stems, arguments.device)
-    return source, describe_data(arguments)
+    return tracks, source, describe_data(arguments)
 
 
 def _stems(text: str) -> tuple[str, ...]:
     stems = tuple(text.split(","))
-    unknown = [stem for stem in stems if stem not in STEMS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no stem {unknown[0]!r}: choose from {', '.join(STEMS)}")
+    if not all(stems) or len(set(stems)) < len(stems) or MIXTURE in stems:
+        raise argparse.ArgumentTypeError(f"{text!r}: give names of stems, as in vocals,drums")
     return stems

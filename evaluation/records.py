@@ -28,6 +28,8 @@ from models.files import write_text
 
 logger = logging.getLogger(__name__)
 
+IDENTITY = "identity.json"  # in a folder: what all it holds was made with
+
 _FORMAT = 1
 _DIGITS = 9  # of the energies: 1e-8 dB
 
@@ -154,6 +156,30 @@ def write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> N
         write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def claim_folder(folder: Path, identity: dict[str, Any], option: str) -> None:
+    """Mark a folder with what its content is made with, or find the same mark there.
+
+    option: the command-line option that names the folder.
+    Raises InputError if the mark is another's or damaged, or cannot be written.
+    """
+    mark = folder / IDENTITY
+    if not mark.is_file():
+        write_json(mark, identity)
+        return
+    try:
+        kept = json.loads(mark.read_text(encoding="utf-8"))
+        changed = [key for key in kept | identity if kept.get(key) != identity.get(key)]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{mark}: damaged ({error}); name another {option}, or delete the folder"
+        ) from error
+    if changed:
+        raise InputError(
+            f"{folder}: holds another evaluation's files ({changed[0]} was {kept.get(changed[0])},"
+            f" is {identity.get(changed[0])}); name another {option}, or delete the folder"
+        )
 
 
 def require_writable(path: Path) -> None:

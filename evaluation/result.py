@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.estimates import Source
-from evaluation.records import TrackStore, read_tracks, write_json
+from evaluation.records import IDENTITY, TrackStore, claim_folder, read_tracks, write_json
 from evaluation.runner import Runner
 from evaluation.scoring import (
     MIXTURE_ESTIMATE,
@@ -28,7 +28,6 @@ from training.data.sources import Track
 SCORES = "scores.json"
 TRACKS = "tracks"
 EXCERPTS = "excerpts"
-_IDENTITY = "identity.json"
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,9 @@ def evaluate(
     Raises InputError if `output` holds another evaluation, or a track cannot be scored.
     """
     if output:
-        store = open_store(output, identity_of(source, info, runner.scorer))
+        identity = identity_of(source, info, runner.scorer)
+        claim_folder(output, identity, "--output")
+        store = TrackStore(output / TRACKS, identity)
         runner = replace(runner, store=store, excerpts=output / EXCERPTS)
     scored = runner.run(tracks, source)
     evaluation = Evaluation(build_report(source, info, scored, runner.scorer), scored, output)
@@ -103,45 +104,35 @@ def build_report(
 
 def identity_of(source: Source, info: dict[str, Any], scorer: str) -> dict[str, Any]:
     """What scores depend on beside the files of a track."""
+    data_stems = {"data_stems": info["data_stems"]} if "data_stems" in info else {}
     return {
         **source.identity,
         "stems": list(source.stems),
         "scorer": scorer,
         "data": str(Path(info["data"]).resolve()),
         "subset": info["subset"],
+        **data_stems,
     }
-
-
-def open_store(output: Path, identity: dict[str, Any]) -> TrackStore:
-    """The track store of a folder. Raises InputError if it holds another evaluation."""
-    mark = output / _IDENTITY
-    if mark.is_file():
-        kept = json.loads(mark.read_text(encoding="utf-8"))
-        changed = [key for key in kept | identity if kept.get(key) != identity.get(key)]
-        if changed:
-            raise InputError(
-                f"{output}: holds another evaluation ({changed[0]} was {kept.get(changed[0])},"
-                f" is {identity.get(changed[0])}); name another --output, or delete the folder"
-            )
-    else:
-        write_json(mark, identity)
-    return TrackStore(output / TRACKS, identity)
 
 
 def names_of(evaluations: Sequence[Evaluation]) -> list[str]:
     """A name for each: its label, or where labels repeat, the shortest end of its path that does.
 
-    Raises InputError if one folder is given twice.
+    None is the mixture's, which stands beside them. Raises InputError if one folder is given twice.
     """
     labels = [evaluation.label for evaluation in evaluations]
-    if len(set(labels)) == len(labels):
+    if _are_distinct(labels):
         return labels
     parts = [(e.folder or Path(e.label)).resolve().parts for e in evaluations]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
+        if _are_distinct(names):
             return names
     raise InputError(f"{evaluations[0].folder}: named twice")
+
+
+def _are_distinct(names: Sequence[str]) -> bool:
+    return len({*names, MIXTURE_ESTIMATE}) == len(names) + 1
 
 
 def estimates_of(
@@ -177,7 +168,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     """An evaluation from its folder. Raises InputError if the folder holds none."""
     path = folder / SCORES
     if not path.is_file():
-        reason = "is not finished" if (folder / _IDENTITY).is_file() else "holds no evaluation"
+        reason = "is not finished" if (folder / IDENTITY).is_file() else "holds no evaluation"
         raise InputError(
             f"{folder}: {reason} ({SCORES} is missing); run evaluation.evaluate --output {folder}"
         )

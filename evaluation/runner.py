@@ -20,12 +20,14 @@ import torch
 from tqdm import tqdm
 
 from evaluation.estimates import Source
-from evaluation.records import TrackStore
+from evaluation.memory import available_bytes, museval_bytes
+from evaluation.records import IDENTITY, TrackStore, claim_folder
 from evaluation.scoring import Signals, TrackScores, score_track
 from evaluation.signals import file_reader, track_reader
 from models.errors import InputError
 from models.files import whole_file
-from training.data.sources import MIXTURE, Track
+from training.data.parallel import processors
+from training.data.sources import MIXTURE, SUBSETS, Track
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +70,13 @@ class Runner:
     def run(self, tracks: Sequence[Track], source: Source) -> list[TrackScores]:
         """Scores in the order of `tracks`.
 
-        Raises InputError before any work if something is missing or `estimates` is the data set;
-        and if some track could not be scored, after all others were: they are in the store, and
-        the same call goes on from there.
+        Raises InputError before any work if something is missing, or `estimates` is the data set
+        or holds the estimates of another source; and if some track could not be scored, after all
+        others were: they are in the store, and the same call goes on from there.
         """
         source.check(tracks)
         self._spare_references(tracks)
+        self._claim_estimates(tracks, source)
         done = self._load(tracks, source)
         todo = [track for track in tracks if track.name not in done]
         failures: list[InputError] = []
@@ -105,20 +108,42 @@ class Runner:
             for track in tracks
             if self._has_estimates(track, source)
         }
-        done = {name: scores for name, scores in found.items() if scores is not None}
+        done = {
+            name: scores
+            for name, scores in found.items()
+            if scores is not None and self._has_excerpts(scores)
+        }
         if done:
             logger.warning("%d of %d tracks are scored already", len(done), len(tracks))
         return done
 
     def _spare_references(self, tracks: Sequence[Track]) -> None:
         """Estimates have the names of the true stems: in the data set they would replace them."""
-        for track in tracks:
-            folders = {path.resolve().parent for path in track.files}
-            if self.estimates and (self.estimates / track.name).resolve() in folders:
+        if self.estimates is None:
+            return
+        roots = {track.root.resolve() for track in tracks}
+        stems = {path.resolve().parent for track in tracks for path in track.files} - roots
+        kept = stems | {(root / subset).resolve() for root in roots for subset in SUBSETS}
+        made = [self.estimates, *(self.estimates / track.name for track in tracks)]
+        for folder in (path.resolve() for path in made):
+            if folder in roots or not kept.isdisjoint([folder, *folder.parents]):
                 raise InputError(
                     f"--save-estimates {self.estimates}: holds the data set itself, whose stems"
                     " would be overwritten; name another folder"
                 )
+
+    def _claim_estimates(self, tracks: Sequence[Track], source: Source) -> None:
+        """Estimates of two sources have the same names: a folder keeps those of one."""
+        if self.estimates is None or any(source.inputs(track) for track in tracks):
+            return
+        files = (self.estimates / t.name / f"{stem}.wav" for t in tracks for stem in source.stems)
+        is_marked = (self.estimates / IDENTITY).is_file()
+        if not is_marked and any(path.is_file() for path in files):
+            raise InputError(
+                f"{self.estimates}: holds stems of an unknown origin;"
+                " name another --save-estimates, or delete the folder"
+            )
+        claim_folder(self.estimates, source.identity, "--save-estimates")
 
     def _has_estimates(self, track: Track, source: Source) -> bool:
         """Whether the estimates that are to be kept are there."""
@@ -126,6 +151,13 @@ class Runner:
             return True
         folder = self.estimates / track.name
         return all((folder / f"{stem}.wav").is_file() for stem in source.stems)
+
+    def _has_excerpts(self, scores: TrackScores) -> bool:
+        if self.excerpts is None:
+            return True
+        return all(
+            _excerpt_path(self.excerpts, scores.track, stem).is_file() for stem in scores.excerpts
+        )
 
     def _score(
         self, tracks: Sequence[Track], source: Source, folder: Path
@@ -191,7 +223,7 @@ def score_job(job: Job) -> TrackScores:
     scores = score_track(signals, label=job.label, scorer=job.scorer)
     if job.excerpts:
         for stem, (start, frames) in scores.excerpts.items():
-            path = job.excerpts / track.name / f"{stem}.flac"
+            path = _excerpt_path(job.excerpts, track.name, stem)
             with whole_file(path) as part:
                 audio = signals.estimates[stem](start, frames).T.clip(-1, 1)
                 soundfile.write(part, audio, track.sample_rate, subtype="PCM_16")
@@ -202,26 +234,16 @@ def choose_jobs(tracks: Sequence[Track], museval_sources: int = 0) -> int:
     """One process per core, but one in all where there is little to score.
 
     museval_sources: sources that museval gets; it holds a whole track in memory, several times
-    over, so there are only as many processes as fit into what is free now.
+    over, so there are only as many processes as fit into what is available now.
     """
     seconds = sum(track.frames / track.sample_rate for track in tracks)
     if seconds < _SECONDS_WORTH_A_POOL:
         return 1
-    affinity = getattr(os, "sched_getaffinity", None)
-    jobs = min(len(affinity(0)) if affinity else os.cpu_count() or 1, len(tracks))
-    if museval_sources and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    jobs = min(processors(), len(tracks))
+    if museval_sources and (available := available_bytes()) is not None:
         need = max(museval_bytes(track.frames, museval_sources) for track in tracks)
-        jobs = min(jobs, free // need)
+        jobs = min(jobs, available // need)
     return max(1, jobs)
-
-
-def museval_bytes(frames: int, sources: int) -> int:
-    """Memory of museval 0.4.1 for stereo: FFTs of the next power of two in complex128.
-
-    Measured on 4 minutes: 3.2 GB for one source, 4.4 GB for two.
-    """
-    return (8 + 5 * sources) * 16 * 2 ** frames.bit_length()
 
 
 class _executor:
@@ -281,6 +303,10 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _excerpt_path(folder: Path, track: str, stem: str) -> Path:
+    return folder / track / f"{stem}.flac"
 
 
 def _files(track: Track, source: Source) -> list[Path]:

@@ -10,6 +10,7 @@ import numpy as np
 import soundfile
 
 from models.errors import InputError
+from separation.audio import check_finite
 from training.data.stem_files import StemFileTrack
 from training.data.track import Track
 
@@ -47,12 +48,7 @@ def file_reader(path: Path) -> Reader:
             raise InputError(f"{path}: cannot be read ({error}); make it again") from error
         if len(audio) < frames:
             raise InputError(f"{path}: is cut at sample {start + len(audio)}; make it again")
-        finite = np.isfinite(audio).all(axis=1)
-        if not finite.all():
-            seconds = (start + int(np.argmin(finite))) / rate
-            raise InputError(
-                f"{path}: has NaN or infinite samples (first at {seconds:.3f} s); separate it again"
-            )
+        check_finite(audio.T, rate, str(path), start, "separate it again")
         return audio.T
 
     return read

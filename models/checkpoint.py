@@ -10,7 +10,9 @@ Reading never executes pickled code.
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -22,7 +24,8 @@ from torch import Tensor
 from models.bsmamba2 import BSMamba2, BSMamba2Config
 from models.errors import InputError
 from models.files import whole_file
-from models.official import OUR_CONFIG, ema_weights, infer_config, msst_config, plain_weights
+from models.msst import find_msst_config, read_msst_config
+from models.official import OUR_CONFIG, ema_weights, infer_config, plain_weights
 from models.unpickle import read_pickled
 
 __all__ = ["Checkpoint", "infer_config", "load_checkpoint", "read_checkpoint", "save_checkpoint"]
@@ -61,18 +64,45 @@ def save_checkpoint(
         config: shape of the network.
         state_dict: weights that ship.
         training: state of the run, of tensors and plain containers.
+
+    Raises:
+        OSError: the file cannot be written; the old one is left as it was.
     """
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    with whole_file(path) as temporary:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
+    if path.suffix != ".safetensors":
+        content = {"format": FORMAT, "version": VERSION, "config": asdict(config)}
+        save_pickled(path, content | {"state_dict": tensors, "training": training or {}})
+        return
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-            metadata = {"format": FORMAT, "config": json.dumps(asdict(config))}
+    metadata = {"format": FORMAT, "config": json.dumps(asdict(config))}
+    with whole_file(path) as temporary:
+        try:
             save_file(tensors, temporary, metadata=metadata)
-        else:
-            content = {"format": FORMAT, "version": VERSION, "config": asdict(config)}
-            torch.save(content | {"state_dict": tensors, "training": training or {}}, temporary)
+        except SafetensorError as error:
+            if "I/O error" not in str(error):
+                raise
+            raise _disk_is_full(path) from error
+
+
+def save_pickled(path: Path, content: dict[str, Any]) -> None:
+    """Write what torch.save can, whole or not at all. Raises OSError if it cannot be written."""
+    with whole_file(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:
+            # torch reports a failed write of any kind as a wrong position in its archive.
+            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise _disk_is_full(path) from error
+
+
+def _disk_is_full(path: Path) -> OSError:
+    free = shutil.disk_usage(path.absolute().parent).free / 2**20
+    reason = f"the disk took only a part of it ({free:.0f} MiB are free)"
+    return OSError(errno.ENOSPC, reason, str(path))
 
 
 def read_checkpoint(
@@ -93,7 +123,7 @@ def read_checkpoint(
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return _read_safetensors(path, msst_yaml)
     content = read_pickled(path)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         if content.get("version", 0) > VERSION:
@@ -108,11 +138,7 @@ def read_checkpoint(
         weights = ema_weights(content, weights, str(path))
     if isinstance(content.get(OUR_CONFIG), dict):
         return Checkpoint(_config_from(content[OUR_CONFIG], path), weights, {})
-    config = infer_config(weights, str(path))
-    beside = path.with_suffix(".yaml") if msst_yaml is None else Path(msst_yaml)
-    if msst_yaml is not None or beside.is_file():
-        config = msst_config(beside, config)
-    return Checkpoint(config, weights, {})
+    return Checkpoint(_foreign_config(weights, path, msst_yaml), weights, {})
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> BSMamba2:
@@ -142,7 +168,18 @@ def build_model(found: Checkpoint, source: str) -> BSMamba2:
     return model
 
 
-def _read_safetensors(path: Path) -> Checkpoint:
+def _foreign_config(
+    weights: Mapping[str, Tensor], path: Path, msst_yaml: str | Path | None
+) -> BSMamba2Config:
+    """What shapes and the YAML, if there is one, say together."""
+    found = find_msst_config(path) if msst_yaml is None else read_msst_config(Path(msst_yaml))
+    if found is None:
+        return infer_config(weights, str(path))
+    source = f"{path} with {found.path}"
+    return found.complete(infer_config(weights, source, found.n_fft, found.audio_channels))
+
+
+def _read_safetensors(path: Path, msst_yaml: str | Path | None) -> Checkpoint:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -158,7 +195,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
             raise InputError(f"{path}: its metadata hold no configuration ({error})") from error
         return Checkpoint(_config_from(values, path), weights, {})
     weights = plain_weights(weights, str(path))
-    return Checkpoint(infer_config(weights, str(path)), weights, {})
+    return Checkpoint(_foreign_config(weights, path, msst_yaml), weights, {})
 
 
 def _config_from(values: Any, path: Path) -> BSMamba2Config:

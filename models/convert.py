@@ -7,12 +7,17 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
-from models.checkpoint import Checkpoint, build_model, read_checkpoint, save_checkpoint
+from models.checkpoint import (
+    Checkpoint,
+    build_model,
+    read_checkpoint,
+    save_checkpoint,
+    save_pickled,
+)
 from models.errors import InputError, one_line_warnings
-from models.files import whole_file, write_text
-from models.official import to_msst, to_official
+from models.files import write_text
+from models.msst import to_msst
+from models.official import to_official
 
 # Kind -> the suffix that names it where --to is not given.
 KINDS = {"safetensors": ".safetensors", "official": ".ckpt", "msst": ".pth", "onnx": ".onnx"}
@@ -71,7 +76,7 @@ def export(arguments: argparse.Namespace) -> None:
     try:
         writers[kind](found, arguments)
     except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error})") from error
+        raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
 
 
 def _write_safetensors(found: Checkpoint, arguments: argparse.Namespace) -> None:
@@ -80,22 +85,30 @@ def _write_safetensors(found: Checkpoint, arguments: argparse.Namespace) -> None
     target: Path = arguments.target
     save_checkpoint(target, found.config, found.state_dict)
     card = target.with_suffix(".md")
+    print(target)
+    if card.exists():
+        print(f"{card}: kept, it exists; see that it fits these weights")
+        return
     write_text(card, model_card(found, target.stem, target.name, arguments.license))
-    print(f"{target}\n{card}: the model card, to be completed before you publish")
+    print(f"{card}: the model card, to be completed before you publish")
 
 
 def _write_official(found: Checkpoint, arguments: argparse.Namespace) -> None:
-    with whole_file(arguments.target) as temporary:
-        torch.save(to_official(found.config, found.state_dict), temporary)
+    save_pickled(arguments.target, to_official(found.config, found.state_dict))
     print(arguments.target)
 
 
 def _write_msst(found: Checkpoint, arguments: argparse.Namespace) -> None:
-    with whole_file(arguments.target) as temporary:
-        torch.save(dict(found.state_dict), temporary)
-    beside = arguments.target.with_suffix(".yaml")
-    write_text(beside, to_msst(found.config))
-    print(f"{arguments.target}\n{beside}")
+    target: Path = arguments.target
+    content = to_msst(found.config)
+    save_pickled(target, dict(found.state_dict))
+    beside = target.with_suffix(".yaml")
+    print(target)
+    if beside.exists():
+        print(f"{beside}: kept, it exists; see that it fits these weights")
+        return
+    write_text(beside, content)
+    print(beside)
 
 
 def _write_onnx(found: Checkpoint, arguments: argparse.Namespace) -> None:

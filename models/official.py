@@ -8,15 +8,15 @@ EuiYeonKim/BSMamba2@42eb8c8 saves `{"state_dict": {"model.layers...": ...}, ...}
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from models.bsmamba2 import BSMamba2Config
 from models.errors import InputError
+from models.msst import model_section, warn_of_fixed_shape
 
 CONTAINERS = ("state_dict", "state", "model_state_dict")
 PREFIXES = ("model.", "module.", "_orig_mod.")  # Lightning, DistributedDataParallel, torch.compile
@@ -36,15 +36,22 @@ def plain_weights(content: Any, source: str) -> dict[str, Tensor]:
     tensors = isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())
     if not tensors or not content:
         raise InputError(f"{source}: holds no weights; give a checkpoint of BSMamba2")
-    weights = dict(content)
+    weights = _without_prefixes(dict(content))
+    if any(name.startswith(TS_BSMAMBA2) for name in weights):
+        raise InputError(f"{source}: weights of TS-BSMamba2, which is another network")
+    return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+
+
+def _without_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Wrappers may be nested in any order: strips until nothing changes."""
     for prefix in PREFIXES:
         rest = [name for name in weights if not name.startswith(prefix)]
         # A Lightning module also saves the STFT windows that its featurizers keep as buffers.
         if len(rest) < len(weights) and all(name.endswith("window") for name in rest):
-            weights = {k.removeprefix(prefix): v for k, v in weights.items() if k not in rest}
-    if any(name.startswith(TS_BSMAMBA2) for name in weights):
-        raise InputError(f"{source}: weights of TS-BSMamba2, which is another network")
-    return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+            return _without_prefixes(
+                {k.removeprefix(prefix): v for k, v in weights.items() if k not in rest}
+            )
+    return weights
 
 
 def ema_weights(content: Any, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -63,13 +70,21 @@ def ema_weights(content: Any, weights: Mapping[str, Tensor], source: str) -> dic
     return dict(zip(weights, (value.float() for value in average), strict=True))
 
 
-def infer_config(weights: Mapping[str, Tensor], source: str) -> BSMamba2Config:
+def infer_config(
+    weights: Mapping[str, Tensor],
+    source: str,
+    n_fft: int | None = None,
+    audio_channels: int | None = None,
+) -> BSMamba2Config:
     """The configuration that the shapes of the authors' weight names imply.
 
-    STFT hop and sample rate leave no trace in the weights: the paper's are taken.
+    STFT hop and sample rate leave no trace in the weights: the paper's are taken. So do bins and
+    channels but for their product: where `n_fft` and `audio_channels` are not given, those are
+    taken with which n_fft is a power of two, which no weights allow for both mono and stereo.
 
     Raises:
-        InputError: the names or shapes are of another architecture.
+        InputError: the names or shapes are of another architecture, or of another n_fft or
+            number of channels.
     """
 
     def count(pattern: str) -> int:
@@ -84,122 +99,63 @@ def infer_config(weights: Mapping[str, Tensor], source: str) -> BSMamba2Config:
         channels, _, d_conv = weights[f"{mixer}.conv1d.weight"].shape
         bands = count(r"band_split\.to_features\.(\d+)\.")
         sizes = [weights[f"band_split.to_features.{k}.0.gamma"].shape[0] for k in range(bands)]
-    except (KeyError, ValueError) as error:
+    except (KeyError, IndexError, ValueError) as error:
         raise InputError(
             f"{source}: weights of another architecture than BSMamba2 ({error} is missing)"
         ) from error
     stems = count(r"mask_estimators\.(\d+)\.")
     names = ("vocals",) if stems == 1 else tuple(f"stem{i + 1}" for i in range(stems))
-    # 1025 bins of a channel and its two parts: the channels follow from the paper's n_fft.
-    audio_channels = max(1, sum(sizes) // (2 * 1025))
-    widths = tuple(size // (2 * audio_channels) for size in sizes)
-    return BSMamba2Config(
-        dim=dim,
-        depth=count(r"layers\.(\d+)\."),
-        d_state=(channels - d_inner) // 2,
-        d_conv=d_conv,
-        expand=d_inner // dim,
-        headdim=d_inner // nheads,
-        num_stems=stems,
-        audio_channels=audio_channels,
-        n_fft=2 * (sum(widths) - 1),
-        mask_estimator_depth=1 + count(r"mask_estimators\.0\.to_freqs\.0\.0\.(\d+)\.") // 2,
-        stem_names=names,
-        band_widths=widths,
-    )
+    n_fft, audio_channels = _bins_and_channels(sizes, n_fft, audio_channels, source)
+    try:
+        return BSMamba2Config(
+            dim=dim,
+            depth=count(r"layers\.(\d+)\."),
+            d_state=(channels - d_inner) // 2,
+            d_conv=d_conv,
+            expand=d_inner // dim,
+            headdim=d_inner // nheads,
+            num_stems=stems,
+            audio_channels=audio_channels,
+            n_fft=n_fft,
+            hop_length=min(BSMamba2Config.hop_length, n_fft // 2),
+            mask_estimator_depth=1 + count(r"mask_estimators\.0\.to_freqs\.0\.0\.(\d+)\.") // 2,
+            stem_names=names,
+            band_widths=tuple(size // (2 * audio_channels) for size in sizes),
+        )
+    except (InputError, ZeroDivisionError) as error:
+        raise InputError(f"{source}: weights of no BSMamba2 ({error})") from error
 
 
-def msst_config(path: Path, config: BSMamba2Config) -> BSMamba2Config:
-    """`config`, as the weights imply it, with what MSST's YAML adds: hop, rate, names of stems.
-
-    Raises InputError if the file is no such YAML, or contradicts the weights.
-    """
-    values = _read_yaml(path)
-    model, audio, training = (values.get(key) or {} for key in ("model", "audio", "training"))
-    for key, field in (
-        ("dim", "dim"),
-        ("depth", "depth"),
-        ("num_stems", "num_stems"),
-        ("stft_n_fft", "n_fft"),
-        ("mask_estimator_depth", "mask_estimator_depth"),
-    ):
-        if key in model and model[key] != getattr(config, field):
-            raise InputError(
-                f"{path}: model.{key} is {model[key]}, the weights have {getattr(config, field)}"
-            )
-    target = training.get("target_instrument")
-    names = [target] if target else list(training.get("instruments") or [])
-    return replace(
-        config,
-        hop_length=model.get("stft_hop_length", config.hop_length),
-        sample_rate=audio.get("sample_rate", config.sample_rate),
-        stem_names=tuple(names) if len(names) == config.num_stems else config.stem_names,
+def _bins_and_channels(
+    sizes: Sequence[int], n_fft: int | None, audio_channels: int | None, source: str
+) -> tuple[int, int]:
+    """n_fft and channels of bands of `sizes` features, which are bins x channels x 2."""
+    total = sum(sizes)
+    for channels in (2, 1) if audio_channels is None else (audio_channels,):
+        bins = total // (2 * channels)
+        if any(size % (2 * channels) for size in sizes) or bins < 2:
+            continue
+        found = 2 * (bins - 1)
+        is_power = found & (found - 1) == 0
+        if found == n_fft or (n_fft is None and is_power):
+            return found, channels
+    channels_text = {None: "mono or stereo", 1: "mono", 2: "stereo"}[audio_channels]
+    n_fft_text = "an n_fft that is a power of two" if n_fft is None else f"n_fft {n_fft}"
+    raise InputError(
+        f"{source}: its bands have {total} features, which are not those of {channels_text} with"
+        f" {n_fft_text}; give the configuration of these weights (--msst-yaml)"
     )
 
 
 def to_official(config: BSMamba2Config, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Content of a Lightning file that the authors' evaluate.py and inference.py load."""
+    """Content of a Lightning file with the authors' names.
+
+    Their evaluate.py and inference.py load it if the network has the shape that is written into
+    their code; where it has not, a warning says so. We load it in either case.
+    """
+    warn_of_fixed_shape(config)
     return {
         "state_dict": {f"model.{name}": value for name, value in weights.items()},
-        "hyper_parameters": {"model": _msst_model(config)},
+        "hyper_parameters": {"model": model_section(config)},
         OUR_CONFIG: asdict(config),
     }
-
-
-def to_msst(config: BSMamba2Config) -> str:
-    """The YAML that goes with the bare state dict, for `--model_type bs_mamba2` of MSST."""
-    import yaml
-
-    segment = 8 * config.sample_rate
-    target = config.stem_names[0] if config.num_stems == 1 else None
-    values = {
-        "audio": {
-            "chunk_size": segment,
-            "num_channels": config.audio_channels,
-            "sample_rate": config.sample_rate,
-            "min_mean_abs": 0.0,
-        },
-        "model": _msst_model(config),
-        "training": {
-            "instruments": [*config.stem_names, "other"] if target else list(config.stem_names),
-            "target_instrument": target,
-            "use_amp": True,
-        },
-        "inference": {"batch_size": 1, "dim_t": segment // config.hop_length + 1, "num_overlap": 2},
-    }
-    return yaml.safe_dump(values, sort_keys=False)
-
-
-def _msst_model(config: BSMamba2Config) -> dict[str, Any]:
-    return {
-        "dim": config.dim,
-        "depth": config.depth,
-        "stereo": config.audio_channels == 2,
-        "num_stems": config.num_stems,
-        "stft_n_fft": config.n_fft,
-        "stft_hop_length": config.hop_length,
-        "stft_win_length": config.n_fft,
-        "stft_normalized": False,
-        "mask_estimator_depth": config.mask_estimator_depth,
-        "module_type": "mamba2",
-        "mamba_gmlp": False,
-    }
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Safe, and takes the tuples that MSST's files are written with."""
-
-    def construct_tuple(loader: yaml.SafeLoader, node: Any) -> tuple[Any, ...]:
-        return tuple(loader.construct_sequence(node))
-
-    Loader.add_constructor("tag:yaml.org,2002:python/tuple", construct_tuple)
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a configuration of MSST: {error}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
-        raise InputError(f"{path}: not a configuration of MSST: has no section model")
-    return values

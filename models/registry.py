@@ -13,6 +13,8 @@ import os
 import urllib.error
 import urllib.request
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +85,7 @@ def fetch(name: str, registry: Path = REGISTRY) -> Path:
     if name not in known:
         raise InputError(f"model {name!r}: known are {', '.join(known)}")
     entry = known[name]
-    if entry.path.is_file():
+    if entry.path.is_file():  # a name is given to whole files alone
         _verify(entry.path, entry)
         return entry.path
     if entry.address is None:
@@ -93,18 +95,39 @@ def fetch(name: str, registry: Path = REGISTRY) -> Path:
         )
     if entry.license == "not stated":
         warnings.warn(f"{name}: the licence of these weights is not stated", stacklevel=2)
-    part = entry.path.with_suffix(".part")
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        _download(entry.address, part, entry)
+        with _locked(entry):
+            if not entry.path.is_file():  # else another process was first
+                part = entry.path.with_suffix(".part")
+                _download(entry.address, part, entry)
+                _verify(part, entry)
+                part.replace(entry.path)
+                return entry.path
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", error)
         raise InputError(
             f"model {name!r}: {entry.address}: {reason}; run again to go on with the download"
         ) from error
-    _verify(part, entry)
-    part.replace(entry.path)
+    _verify(entry.path, entry)
     return entry.path
+
+
+@contextmanager
+def _locked(entry: Entry) -> Iterator[None]:
+    """Of the ranks of a run, or several runs, one downloads and the others wait for it."""
+    from filelock import FileLock
+
+    entry.path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(entry.path.with_name(f".{entry.name}.lock"))
+        lock.acquire()
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _download(address: str, part: Path, entry: Entry) -> None:

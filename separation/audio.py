@@ -30,11 +30,13 @@ def check_audio(audio: np.ndarray, rate: int, name: str) -> None:
     check_finite(audio, rate, name)
 
 
-def check_finite(block: np.ndarray, rate: int, name: str, start: int = 0) -> None:
+def check_finite(
+    block: np.ndarray, rate: int, name: str, start: int = 0, remedy: str = "export it again"
+) -> None:
     """Raise InputError if a block [channel, time] that starts at sample `start` is not finite."""
     finite = np.isfinite(block).all(axis=0)
     if not finite.all():
         seconds = (start + int(np.argmin(finite))) / rate
         raise InputError(
-            f"{name}: has NaN or infinite samples (first at {seconds:.3f} s); export it again"
+            f"{name}: has NaN or infinite samples (first at {seconds:.3f} s); {remedy}"
         )

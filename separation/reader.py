@@ -18,6 +18,7 @@ from typing import IO
 
 import numpy as np
 import soundfile
+from tqdm import tqdm
 
 from models.errors import InputError
 
@@ -63,7 +64,7 @@ def open_audio(path: str | Path) -> Iterator[AudioStream]:
     path = Path(path)
     _require_content(path)
     try:
-        with _silent_decoders():
+        with _silent_decoders(only_if=_looks_like_mp3(path)):
             file = soundfile.SoundFile(path)
     except soundfile.LibsndfileError:
         with _open_ffmpeg(str(path), f"file:{path}") as stream:
@@ -78,7 +79,7 @@ def open_audio(path: str | Path) -> Iterator[AudioStream]:
 def probe_seconds(path: Path) -> float | None:
     """Length by the file's header, None if it does not say or cannot be read."""
     try:
-        with _silent_decoders():
+        with _silent_decoders(only_if=_looks_like_mp3(path)):
             return float(soundfile.info(path).duration)
     except (soundfile.LibsndfileError, OSError):
         command = ["ffprobe", "-v", "error", "-show_entries", "format=duration", "-of", "csv=p=0"]
@@ -143,21 +144,34 @@ def _is_cut_short(file: soundfile.SoundFile, path: Path) -> bool:
     return sizes is not None and int(sizes[2]) < int(sizes[1]) < UNKNOWN_SIZE
 
 
+def _looks_like_mp3(path: Path) -> bool:
+    """Whether libsndfile may ask libmpg123: by the name, an ID3 tag or a frame's sync bits."""
+    with path.open("rb") as file:
+        head = file.read(3)
+    has_sync = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
+    return path.suffix.lower() == ".mp3" or head == b"ID3" or has_sync
+
+
 @contextmanager
-def _silent_decoders(only_if: bool = True) -> Iterator[None]:
-    """Keep libmpg123, which libsndfile calls for mp3, from writing to the process's stderr."""
+def _silent_decoders(only_if: bool) -> Iterator[None]:
+    """Keep libmpg123, which libsndfile calls for mp3, from writing to the process's stderr.
+
+    It has no other way to be told. stderr is the whole process's: tqdm's lock, which every message
+    and every bar takes, lets one thread at a time redirect it, and keeps messages until after.
+    """
     if not only_if:
         yield
         return
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with Path(os.devnull).open("wb") as sink:
-        os.dup2(sink.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+    with tqdm.get_lock():
+        sys.stderr.flush()
+        kept = os.dup(2)
+        try:
+            with Path(os.devnull).open("wb") as sink:
+                os.dup2(sink.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 @contextmanager

@@ -180,8 +180,14 @@ class Separator:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """The allocators of the CPU and of MPS raise a plain RuntimeError."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
+    """The allocators of the CPU and of MPS, and CUDA's libraries, raise a plain RuntimeError."""
+    words = (
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUFFT_ALLOC_FAILED",
+    )
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(w in str(error) for w in words)
 
 

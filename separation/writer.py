@@ -158,7 +158,8 @@ def open_standard_output(
     """Write one stem as wav to standard output; blocks are [stem = 1, channel, time].
 
     A pipe cannot be rewound: where the length is not known the header says "until the end", as
-    ffmpeg's and sox's do. Raises InputError for other formats, or if the reader has gone.
+    ffmpeg's and sox's do. Raises InputError for other formats, if the reader has gone, or if
+    what stands behind it cannot be written.
     """
     if form.container != "WAV" or form.sample_bytes is None:
         raise InputError("standard output takes --format float, wav16 or wav24")
@@ -178,15 +179,27 @@ def open_standard_output(
             )
             if form.sample_bytes == 3:
                 content = np.frombuffer(content, np.uint8).reshape(-1, 4)[:, :3].tobytes()
-        output.write(content)
+        with _naming_standard_output(output):
+            output.write(content)
 
-    try:
+    with _naming_standard_output(output):
         output.write(_wav_header(form, rate, channels, frames))
-        yield write
+    yield write
+    with _naming_standard_output(output):
         output.flush()
+
+
+@contextmanager
+def _naming_standard_output(output: BinaryIO) -> Iterator[None]:
+    """Errors of writing to it as an InputError."""
+    try:
+        yield
     except BrokenPipeError as error:
         _forget_standard_output(output)
         raise InputError("standard output was closed by its reader") from error
+    except OSError as error:
+        _forget_standard_output(output)
+        raise InputError(f"standard output cannot be written ({error.strerror})") from error
 
 
 def _wav_header(form: Format, rate: int, channels: int, frames: int | None) -> bytes:
@@ -206,5 +219,5 @@ def _wav_header(form: Format, rate: int, channels: int, frames: int | None) -> b
 
 
 def _forget_standard_output(output: BinaryIO) -> None:
-    """Keep the interpreter from flushing into the closed pipe once more at exit."""
+    """Keep the interpreter from flushing into what takes no more once again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())

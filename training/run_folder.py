@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import shutil
 from collections.abc import Iterator
@@ -56,7 +55,7 @@ class RunFolder:
         step: int,
     ) -> None:
         """Write last.pt, keep it under its step's number too, and drop the oldest numbered ones."""
-        _save(self.last, config, weights, training)
+        save_checkpoint(self.last, config, weights, training)
         if self.keep == 0:
             return
         numbered = self.checkpoints / f"step_{step:08d}.pt"
@@ -78,7 +77,7 @@ class RunFolder:
     ) -> None:
         """Write best.pt: the weights that ship, the step and the score, in dB, that chose them."""
         training = {"step": step, "usdr": usdr, "provenance": provenance()}
-        _save(self.best, config, weights, training)
+        save_checkpoint(self.best, config, weights, training)
 
     def resume_from(self, resume: str | None) -> Checkpoint | None:
         """The checkpoint to go on from; None to start afresh.
@@ -122,20 +121,6 @@ class RunFolder:
 
 def _step_of(numbered: Path) -> int:
     return int(numbered.stem.removeprefix("step_"))
-
-
-def _save(
-    path: Path, config: BSMamba2Config, weights: dict[str, Tensor], training: dict[str, Any]
-) -> None:
-    try:
-        save_checkpoint(path, config, weights, training)
-    except RuntimeError as error:
-        # torch reports a failed write of any kind as a wrong position in its archive.
-        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
-            raise
-        free = shutil.disk_usage(path.parent).free / 2**20
-        reason = f"the disk took only a part of it ({free:.0f} MiB are free)"
-        raise OSError(errno.ENOSPC, reason, str(path)) from error
 
 
 def _read_training(path: Path) -> Checkpoint:

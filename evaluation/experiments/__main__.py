@@ -32,6 +32,7 @@ from evaluation.records import plain, write_json
 from evaluation.result import Evaluation, evaluate, read_evaluation
 from evaluation.runner import Runner
 from models.errors import InputError, run_command
+from training.data.sources import Track
 
 RUNS = "runs"
 
@@ -73,10 +74,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run_lengths(arguments: argparse.Namespace) -> None:
-    tracks = open_tracks(arguments)
+    tracks: list[Track] = []
     evaluations = {}
     for seconds in arguments.lengths:
         source, info = open_checkpoint(arguments, chunk_seconds=seconds)
+        tracks = tracks or open_tracks(arguments, source.sample_rate)
         require_stem(source, arguments.stem)
         folder = arguments.output / RUNS / f"{seconds:g}s"
         runner = Runner(arguments.scorer, jobs=arguments.jobs)
@@ -86,17 +88,21 @@ def run_lengths(arguments: argparse.Namespace) -> None:
 
 
 def run_baselines(arguments: argparse.Namespace) -> None:
-    tracks = open_tracks(arguments)
     stems = arguments.stems or (arguments.stem,)
     info = describe_data(arguments)
     sources: list[tuple[Source, dict[str, Any]]] = []
+    rate = None
     if arguments.checkpoint:
-        sources.append(open_checkpoint(arguments))
+        model, model_info = open_checkpoint(arguments)
+        sources.append((model, model_info))
+        rate = model.sample_rate
+    tracks = open_tracks(arguments, rate)
     for folder in arguments.estimates:
         sources.append((open_folder_source(folder, arguments.subset, tracks, stems), info))
     for name in arguments.baseline:
         sources.append((open_baseline(name, stems, arguments.device), info))
-    labels = [source.label for source, _ in sources]
+    # "model/", the label of a folder of that name, lies where "model" does.
+    labels = [source.label.rstrip("/") for source, _ in sources]
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:
         raise InputError(f"{twice[0]}: two estimates of this name; rename a folder of --estimates")

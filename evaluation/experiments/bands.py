@@ -26,7 +26,8 @@ def by_frequency(evaluations: Sequence[Evaluation], stem: str) -> dict[str, Any]
     """Median SDR over tracks in each band and region, for each estimate."""
     rate = evaluations[0].tracks[0].sample_rate
     hertz = np.arange(N_FFT // 2 + 1) * rate / N_FFT
-    regions = np.searchsorted(REGIONS_HZ, hertz, side="right") - 1
+    # Whatever lies above the last edge, at rates of 48 kHz and more, joins the highest region.
+    regions = np.searchsorted(REGIONS_HZ[:-1], hertz, side="right") - 1
     widths = BSMamba2Config().band_widths
     bands = np.repeat(np.arange(len(widths)), widths)
     rows = []

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,18 +80,32 @@ def test_protocols_differ_where_chunks_join(
 ) -> None:
     from separation.separator import Separator
 
-    monkeypatch.setattr(Separator, "chunk_seconds", 1.0)
-    scores = {}
-    for protocol in ("ours", "paper"):
-        path = tmp_path / f"{protocol}.json"
-        options = ("--protocol", protocol, "--tracks", 1)
-        run(checkpoint, dataset, "--json", path, *options)
-        report = json.loads(path.read_text())
+    vocals = {}
+    for name, seconds in (("ours", 1.0), ("paper", 1.0), ("whole", 8.0)):
+        with monkeypatch.context() as patch:
+            chosen = partial(Separator.from_checkpoint, chunk_seconds=seconds)
+            patch.setattr(Separator, "from_checkpoint", chosen)
+            protocol = "paper" if name == "paper" else "ours"
+            options = ("--protocol", protocol, "--tracks", 1, "--save-estimates", tmp_path / name)
+            run(checkpoint, dataset, "--json", tmp_path / f"{name}.json", *options)
+        report = json.loads((tmp_path / f"{name}.json").read_text())
+        assert report["protocol"]["chunk_seconds"] == seconds
         assert report["protocol"]["overlap"] == {"ours": 0.25, "paper": 0.0}[protocol]
         assert len(report["tracks"]) == 2
         assert {s["score"] for s in report["summary"]} == set(SCORERS["closed-form"])
-        scores[protocol] = report["tracks"][0]["usdr"]
-    assert 1e-6 < abs(scores["ours"] - scores["paper"]) < 1
+        vocals[name] = read(tmp_path / name / "first song" / "vocals.wav")
+
+    def error(name: str, seconds: float) -> float:
+        """Largest difference from the whole track around a point of time."""
+        middle = round(seconds * 44100)
+        near = slice(middle - 500, middle + 500)
+        return float(np.abs(vocals[name] - vocals["whole"])[:, near].max())
+
+    # Side by side, chunks join at 1 and 2 s; ours share 0.75 to 1 s and 1.5 to 1.75 s.
+    joined = min(error("paper", 1), error("paper", 2))
+    assert joined > 20 * error("paper", 1.5)
+    assert joined > 20 * max(error("ours", s) for s in (0.75, 0.875, 1, 1.5, 1.625, 1.75, 2))
+    assert error("ours", 0.875) > 0
 
 
 def test_bad_input_is_one_line_and_exit_code_2(checkpoint: Path, tmp_path: Path) -> None:
@@ -126,3 +141,37 @@ def test_stem_that_the_data_set_lacks(dataset: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "piano.pt", config, BSMamba2(config).state_dict())
     with pytest.raises(InputError, match="first song: no stem piano"):
         run(tmp_path / "piano.pt", dataset)
+
+
+def test_a_data_set_of_another_rate_and_other_stems(tmp_path: Path) -> None:
+    from evaluation import report
+    from evaluation.experiments import __main__ as experiments
+    from models import BSMamba2, BSMamba2Config
+    from models.checkpoint import save_checkpoint
+
+    rate, stems = 48_000, ("piano", "voice")
+    for index, name in enumerate(("a", "b")):
+        folder = tmp_path / "data" / "test" / name
+        folder.mkdir(parents=True)
+        audio = 0.05 * np.random.default_rng(index).standard_normal((2, 9 * rate, 2))
+        for stem, samples in zip(stems, audio, strict=True):
+            soundfile.write(folder / f"{stem}.wav", samples, rate)
+        soundfile.write(folder / "mixture.wav", audio.sum(axis=0), rate)
+    config = BSMamba2Config(
+        dim=8, depth=1, d_state=16, headdim=16, stem_names=("piano",), sample_rate=rate
+    )
+    save_checkpoint(tmp_path / "piano.pt", config, BSMamba2(config).state_dict())
+    data = tmp_path / "data"
+    options = ("--data-stems", "piano,voice", "--output", tmp_path / "run")
+    run(tmp_path / "piano.pt", data, *options)
+    irm = ["--baseline", "irm", "--data", data, "--stems", "piano", "--data-stems", "piano,voice"]
+    assert main([str(option) for option in [*irm, "--output", tmp_path / "irm"]]) == 0
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert {row["stem"] for row in scores["tracks"]} == {"piano"}
+    bands = ["bands", str(tmp_path / "run"), "--stem", "piano", "-o", str(tmp_path / "out")]
+    assert experiments.main(bands) == 0
+    page = tmp_path / "page.html"
+    assert report.main([str(tmp_path / "run"), str(tmp_path / "irm"), "-o", str(page)]) == 0
+    assert page.read_text().count("data:audio/mpeg") >= 8
+    with pytest.raises(InputError, match="--stems drums: .* piano, voice"):
+        main([str(option) for option in [*irm[:5], "drums", *irm[6:]]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -163,6 +164,30 @@ def test_runs_that_are_none(tmp_path: Path, runs: Path) -> None:
         names_of([twice, twice])
     with pytest.raises(InputError, match="has no scores of drums; it has vocals"):
         experiments.main(["bands", str(twice.folder), "--stem", "drums", "-o", str(tmp_path)])
+
+
+def test_names_that_two_things_would_share(runs: Path, data: Path, tmp_path: Path) -> None:
+    """The checkpoint's row and the mixture's have names of their own."""
+    from models import BSMamba2, BSMamba2Config
+    from models.checkpoint import save_checkpoint
+
+    config = BSMamba2Config(dim=8, depth=1, d_state=16, headdim=16)
+    save_checkpoint(tmp_path / "tiny.pt", config, BSMamba2(config).state_dict())
+    folder = tmp_path / "model"
+    for name in VOCALS:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "vocals.wav").symlink_to(data / "test" / name / "vocals.wav")
+    command = ["baselines", "--data", data, "--checkpoint", tmp_path / "tiny.pt", "--baseline"]
+    command += ["irm", "--estimates", folder, "-o", tmp_path / "out"]
+    with pytest.raises(InputError, match="model: two estimates of this name"):
+        experiments.main([str(word) for word in command])
+    pair = []
+    for parent in ("a", "b"):
+        found = read_evaluation(runs / "runs" / "irm")
+        pair.append(replace(found, folder=tmp_path / parent / "mixture"))
+    assert names_of(pair) == ["a/mixture", "b/mixture"]
+    lone = replace(pair[0], report=pair[0].report | {"label": "mixture"})
+    assert names_of([lone]) == ["a/mixture"]
 
 
 def test_chosen_tracks_are_best_median_worst(runs: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from evaluation import runner
 from evaluation.estimates import open_folder_source
 from evaluation.evaluate import main
 from evaluation.metrics import csdr, usdr
@@ -20,6 +21,7 @@ from evaluation.result import read_evaluation
 from evaluation.runner import Runner
 from evaluation.scoring import TrackScores
 from models.errors import InputError
+from training.data.prepare import main as prepare
 from training.data.sources import open_dataset
 
 RATE = 44100
@@ -101,10 +103,24 @@ def test_scored_tracks_are_kept_and_changed_ones_scored_again(
     assert scored == ["first song"]
 
 
+def test_a_track_without_its_excerpt_is_scored_again(
+    dataset: Path, estimates: Path, tmp_path: Path
+) -> None:
+    evaluate(dataset, estimates, "--output", tmp_path / "run")
+    excerpt = tmp_path / "run" / "excerpts" / "first song" / "vocals.flac"
+    content = excerpt.read_bytes()
+    excerpt.unlink()
+    evaluate(dataset, estimates, "--output", tmp_path / "run")
+    assert excerpt.read_bytes() == content
+
+
 def test_a_folder_holds_one_evaluation(dataset: Path, estimates: Path, tmp_path: Path) -> None:
     evaluate(dataset, estimates, "--output", tmp_path / "run", "--tracks", 1)
     moved = estimates.rename(tmp_path / "another")
     with pytest.raises(InputError, match="estimates was .*name another --output"):
+        evaluate(dataset, moved, "--output", tmp_path / "run", "--tracks", 1)
+    (tmp_path / "run" / "identity.json").write_text("[]")
+    with pytest.raises(InputError, match=r"identity\.json: damaged"):
         evaluate(dataset, moved, "--output", tmp_path / "run", "--tracks", 1)
 
 
@@ -194,6 +210,101 @@ def test_kept_estimates_never_replace_the_true_stems(dataset: Path, estimates: P
     assert (dataset / "test" / "first song" / "vocals.wav").read_bytes() == before
     with pytest.raises(InputError, match="files already"):
         evaluate(dataset, estimates, "--save-estimates", estimates)
+
+
+@pytest.fixture
+def prepared(dataset: Path, tmp_path: Path) -> Path:
+    """A data set with copies for training beside it; the vocals of `first song` are float."""
+    root = tmp_path / "prepared"
+    shutil.copytree(dataset, root)
+    rewrite(root / "test" / "first song" / "vocals.wav", lambda audio: 40 * audio)
+    assert prepare([str(root), "--all"]) == 0
+    return root
+
+
+def test_the_copies_for_training_hide_no_true_stem(prepared: Path) -> None:
+    path = prepared / "test" / "first song" / "vocals.wav"
+    before = path.read_bytes()
+    (prepared / "link").symlink_to(prepared / "test")
+    for folder in ("", "test", "link", "test/first song", "test/new", "valid"):
+        options = ["--baseline", "irm", "--data", prepared, "--save-estimates", prepared / folder]
+        with pytest.raises(InputError, match="holds the data set itself"):
+            main([str(option) for option in options])
+    assert path.read_bytes() == before
+
+
+def test_the_truth_is_the_data_set_and_no_clipped_copy(prepared: Path, tmp_path: Path) -> None:
+    options = ["--baseline", "irm", "--data", prepared, "--tracks", 1, "--save-estimates"]
+    options += [tmp_path / "stems", "--output", tmp_path / "run"]
+    assert main([str(option) for option in options]) == 0
+    reference = read(prepared / "test" / "first song" / "vocals.wav")
+    assert np.abs(reference).max() > 2
+    (row, _) = read_evaluation(tmp_path / "run").tracks[0].rows
+    estimate = read(tmp_path / "stems" / "first song" / "vocals.wav")
+    assert row.usdr == pytest.approx(usdr(reference, estimate), abs=1e-9)
+
+
+def test_kept_estimates_of_another_source_are_refused(dataset: Path, tmp_path: Path) -> None:
+    stems = tmp_path / "stems"
+    options = ["--data", dataset, "--tracks", 1, "--save-estimates", stems, "--output"]
+    for name in ("irm", "icm"):
+        command = ["--baseline", name, "--data", dataset, "--tracks", 1]
+        assert main([str(option) for option in [*command, "--output", tmp_path / name]]) == 0
+    assert main([str(option) for option in ["--baseline", "irm", *options, tmp_path / "irm"]]) == 0
+    made = (stems / "first song" / "vocals.wav").read_bytes()
+    with pytest.raises(InputError, match="baseline was irm, is icm.*another --save-estimates"):
+        main([str(option) for option in ["--baseline", "icm", *options, tmp_path / "icm"]])
+    (stems / "identity.json").unlink()
+    with pytest.raises(InputError, match="stems of an unknown origin.*another --save-estimates"):
+        main([str(option) for option in ["--baseline", "icm", *options, tmp_path / "icm"]])
+    assert (stems / "first song" / "vocals.wav").read_bytes() == made
+    (stems / "identity.json").write_text("{")
+    with pytest.raises(InputError, match=r"identity\.json: damaged"):
+        main([str(option) for option in ["--baseline", "irm", *options, tmp_path / "irm"]])
+
+
+def test_museval_takes_the_memory_that_is_available(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the page cache holds counts as available; what a container may not use does not."""
+    from evaluation import memory
+
+    track = open_dataset(dataset, "test")[0]
+    tracks = [track] * 100
+    monkeypatch.setattr(runner, "processors", lambda: 8)
+    need = memory.museval_bytes(track.frames, 1)
+    proc, group = tmp_path / "meminfo", tmp_path / "cgroup"
+    monkeypatch.setattr(memory, "MEMINFO", proc)
+    monkeypatch.setattr(memory, "CGROUP", group)
+    proc.write_text(f"MemFree:  1 kB\nMemAvailable:  {5 * need // 1024 + 1} kB\n")
+    assert runner.choose_jobs(tracks, 1) == 5
+    group.mkdir()
+    (group / "memory.max").write_text("max\n")
+    assert runner.choose_jobs(tracks, 1) == 5
+    (group / "memory.max").write_text(f"{4 * need}\n")
+    (group / "memory.current").write_text(f"{2 * need}\n")
+    assert runner.choose_jobs(tracks, 1) == 2
+    (group / "memory.stat").write_text(f"anon 1\ninactive_file {need}\n")
+    assert runner.choose_jobs(tracks, 1) == 3
+    proc.unlink()
+    shutil.rmtree(group)
+    assert 1 <= runner.choose_jobs(tracks, 1) <= 8
+
+
+def test_stems_that_separation_made_of_the_mixtures(
+    checkpoint: Path, dataset: Path, tmp_path: Path
+) -> None:
+    from separation.separate import main as separate
+
+    out = tmp_path / "separated"
+    command = [dataset / "test", "--checkpoint", checkpoint, "--device", "cpu", "--output", out]
+    assert separate([str(option) for option in command]) == 0
+    assert (out / "first song" / "mixture" / "vocals.wav").is_file()
+    assert evaluate(dataset, out, "--stems", "vocals", "--output", tmp_path / "run") == 0
+    model = ["--checkpoint", checkpoint, "--device", "cpu", "--data", dataset]
+    assert main([str(option) for option in [*model, "--output", tmp_path / "model"]]) == 0
+    scores = [read_evaluation(tmp_path / name).tracks[0].rows[0].usdr for name in ("run", "model")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
 def test_an_interrupted_run_goes_on(

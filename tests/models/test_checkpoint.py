@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
+import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,47 @@ def test_shape_of_several_stems_and_deeper_masks_is_inferred(tmp_path):
     assert load_checkpoint(tmp_path / "bare.pt").config == config
 
 
+def stft_of(n_fft: int, audio_channels: int) -> BSMamba2Config:
+    widths = (10, 20, n_fft // 2 + 1 - 30)
+    return BSMamba2Config(
+        dim=8, depth=1, d_state=16, headdim=16, n_fft=n_fft, hop_length=100, band_widths=widths,
+        audio_channels=audio_channels,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("audio_channels", (1, 2))
+@pytest.mark.parametrize("n_fft", (512, 1024, 2048, 4096))
+def test_n_fft_and_channels_are_inferred_together(n_fft, audio_channels, tmp_path):
+    config = replace(stft_of(n_fft, audio_channels), hop_length=min(441, n_fft // 2))
+    torch.save(BSMamba2(config).state_dict(), tmp_path / "bare.pt")
+    assert load_checkpoint(tmp_path / "bare.pt").config == config
+
+
+def test_an_n_fft_that_shapes_do_not_tell_needs_the_yaml(tmp_path):
+    config = stft_of(1200, 2)
+    path, yaml = tmp_path / "bare.pt", tmp_path / "msst.yaml"
+    torch.save(BSMamba2(config).state_dict(), path)
+    with pytest.raises(InputError, match=r"bare\.pt: .*a power of two.*--msst-yaml"):
+        load_checkpoint(path)
+    section = "model: {stft_hop_length: 100, "
+    for said in ("stft_n_fft: 1200", "stft_n_fft: 1200, stereo: true"):
+        yaml.write_text(section + said + "}")
+        assert read_checkpoint(path, yaml).config == config
+    for said in ("stft_n_fft: 2048", "stereo: true", "stereo: false, stft_n_fft: 1200"):
+        yaml.write_text(section + said + "}")
+        with pytest.raises(InputError, match=r"bare\.pt with .*msst\.yaml: .*features"):
+            read_checkpoint(path, yaml)
+
+
+def test_shapes_that_no_network_has_are_named(tmp_path):
+    weights = BSMamba2(BSMamba2Config(dim=8, depth=1, d_state=16, headdim=16)).state_dict()
+    weights["layers.0.0.forward_blocks.0.mixer.A_log"] = torch.zeros(64)
+    weights["layers.0.0.forward_blocks.0.mixer.norm.weight"] = torch.zeros(32)
+    torch.save(weights, tmp_path / "odd.pt")
+    with pytest.raises(InputError, match=r"odd\.pt: .*headdim must be at least 1"):
+        load_checkpoint(tmp_path / "odd.pt")
+
+
 class Malicious:
     def __reduce__(self):
         return (Path.write_text, (Path("executed"), "yes"))
@@ -106,6 +150,23 @@ def test_a_missing_and_a_misshapen_weight_are_named(tmp_path):
     save_checkpoint(tmp_path / "b.pt", TINY, weights | {"final_norm.gamma": torch.ones(9)})
     with pytest.raises(InputError, match=r"final_norm.gamma has shape \(9,\), \(8,\) is needed"):
         load_checkpoint(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("name", ("last.pt", "weights.safetensors"))
+def test_a_disk_that_fills_is_an_oserror_that_names_the_file(name, tmp_path):
+    path = tmp_path / name
+    path.write_text("old")
+    weights = BSMamba2(TINY).state_dict()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="took only a part") as caught:
+            save_checkpoint(path, TINY, weights)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(path)
+    assert [p.name for p in tmp_path.iterdir()] == [name] and path.read_text() == "old"
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

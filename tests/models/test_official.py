@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import pickle
+import resource
 import sys
 import types
 from collections import OrderedDict
@@ -216,6 +217,76 @@ def test_a_yaml_that_does_not_fit_the_weights(weights, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="c.yaml") as caught:
             read_checkpoint(tmp_path / "a.ckpt", tmp_path / "c.yaml")
         assert message in str(caught.value)
+
+
+def test_values_of_a_yaml_that_cannot_be(weights, tmp_path: Path) -> None:
+    torch.save(weights, tmp_path / "a.ckpt")
+    for text, message in (
+        ("model: {stft_hop_length: '512'}", "model.stft_hop_length is '512', a whole number"),
+        ("model: {stft_hop_length: [512]}", r"model.stft_hop_length is \[512\], a whole number"),
+        ("model: {stft_n_fft: 2048.0}", "model.stft_n_fft is 2048.0, a whole number"),
+        ("model: {stereo: 2}", "model.stereo is 2, true or false"),
+        ("model: {stereo: false}", "features, which are not those of mono with an n_fft"),
+        ("{model: {dim: 8}, audio: [1]}", r"audio is \[1\], a section"),
+        ("{model: {dim: 8}, audio: {sample_rate: high}}", "audio.sample_rate is 'high'"),
+        ("{model: {dim: 8}, training: {instruments: 3}}", "training.instruments is 3"),
+        ("model: {stft_hop_length: 5000}", "hop_length 5000 is more than half"),
+    ):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(InputError, match=message) as caught:
+            read_checkpoint(tmp_path / "a.ckpt", tmp_path / "c.yaml")
+        assert "c.yaml" in str(caught.value)
+
+
+def test_a_yaml_of_something_else_beside_the_weights_is_left_alone(weights, tmp_path: Path) -> None:
+    torch.save(weights, tmp_path / "a.ckpt")
+    (tmp_path / "a.yaml").write_text("optimizer: adam")
+    assert read_checkpoint(tmp_path / "a.ckpt").config == TINY
+
+
+def test_prefixes_come_in_any_order(weights, tmp_path: Path) -> None:
+    for prefix in ("_orig_mod.module.", "module._orig_mod.model.", "model._orig_mod."):
+        torch.save({prefix + name: value for name, value in weights.items()}, tmp_path / "a.ckpt")
+        assert_same(read_checkpoint(tmp_path / "a.ckpt").state_dict, weights)
+
+
+@pytest.mark.parametrize("kind", ["official", "msst"])
+def test_shapes_that_others_cannot_load_are_told(tmp_path: Path, kind: str, capsys) -> None:
+    shapes = ({}, "d_state is 16"), ({"d_state": 128, "expand": 8}, "expand is 8")
+    for changes, message in shapes:
+        config = BSMamba2Config(**{"dim": 8, "depth": 1, "d_state": 16, "headdim": 16} | changes)
+        save_checkpoint(tmp_path / "ours.pt", config, BSMamba2(config).state_dict())
+        main(["export", str(tmp_path / "ours.pt"), str(tmp_path / f"a.{kind}"), "--to", kind])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line and "cannot load these weights" in line
+    config = BSMamba2Config(dim=16, depth=1)
+    save_checkpoint(tmp_path / "ours.pt", config, BSMamba2(config).state_dict())
+    main(["export", str(tmp_path / "ours.pt"), str(tmp_path / f"a.{kind}"), "--to", kind])
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("target", "beside"), [("a.safetensors", "a.md"), ("a.pth", "a.yaml")])
+def test_what_a_person_wrote_beside_the_weights_is_kept(
+    weights, tmp_path: Path, target: str, beside: str, capsys
+) -> None:
+    save_checkpoint(tmp_path / "ours.pt", TINY, weights)
+    (tmp_path / beside).write_text("ours")
+    assert main(["export", str(tmp_path / "ours.pt"), str(tmp_path / target)]) == 0
+    assert (tmp_path / beside).read_text() == "ours"
+    assert f"{beside}: kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a.pth"])
+def test_an_export_to_a_full_disk_is_one_line(weights, tmp_path: Path, name: str) -> None:
+    save_checkpoint(tmp_path / "ours.pt", TINY, weights)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=rf"{name}: cannot be written \(the disk took only"):
+            main(["export", str(tmp_path / "ours.pt"), str(tmp_path / name)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours.pt"]
 
 
 def test_an_msst_export_comes_back(weights, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -75,7 +77,32 @@ def test_weights_are_downloaded_once(registry, tmp_path: Path) -> None:
     assert path.read_bytes() == CONTENT
     assert fetch("tiny", registry()) == path
     assert len(Handler.requests) == 1
-    assert [entry.name for entry in path.parent.iterdir()] == ["tiny.ckpt"]
+    assert [entry.name for entry in path.parent.glob("[!.]*")] == ["tiny.ckpt"]
+
+
+def test_several_processes_download_once(registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of one run, here threads, ask at the same time; the server is slow."""
+    path = registry()
+    write = Handler.do_GET
+
+    def slowly(self: Handler) -> None:
+        time.sleep(0.2)
+        write(self)
+
+    monkeypatch.setattr(Handler, "do_GET", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: fetch("tiny", path).read_bytes(), range(4)))
+    assert found == [CONTENT] * 4
+    assert Handler.requests == [""]
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(
+    registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BSMAMBA2_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match="Not a directory"):
+        fetch("tiny", registry())
 
 
 @pytest.mark.parametrize("has_ranges", [True, False])
@@ -92,7 +119,7 @@ def test_a_broken_download_is_resumed(registry, monkeypatch, has_ranges: bool) -
 def test_a_wrong_hash_is_refused_and_removed(registry, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="SHA-256 is .*, not 0000; the download was removed"):
         fetch("tiny", registry(sha256="0000"))
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / "cache").glob("[!.]*")) == []
 
 
 def test_a_cached_file_that_changed_is_refused(registry) -> None:

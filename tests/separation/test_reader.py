@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from tqdm import tqdm
 
 from models.errors import InputError
 from separation.audio import load_audio
-from separation.reader import BLOCK_FRAMES, open_audio, probe_seconds
+from separation.reader import BLOCK_FRAMES, _silent_decoders, open_audio, probe_seconds
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
 SECONDS = 6
@@ -106,6 +111,61 @@ def test_leaving_early_ends_the_decoder(tmp_path: Path) -> None:
         assert next(stream.blocks).shape == (2, BLOCK_FRAMES)
     with pytest.raises(ValueError, match="closed file"):
         next(stream.blocks)
+
+
+def test_threads_that_decode_mp3_leave_standard_error_as_it_was(tmp_path: Path) -> None:
+    """Two silent spans that overlap, whichever ends first."""
+    before = os.fstat(2)
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with _silent_decoders(only_if=True):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with _silent_decoders(only_if=True):
+        thread.start()
+        inside.wait(0.2)
+    leave.set()
+    thread.join()
+    after = os.fstat(2)
+    assert (after.st_dev, after.st_ino) == (before.st_dev, before.st_ino)
+
+
+def test_messages_wait_until_an_mp3_block_is_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "stderr"
+    kept = os.dup(2)
+    with path.open("wb") as sink, os.fdopen(2, "w", closefd=False) as stderr:
+        os.dup2(sink.fileno(), 2)
+        try:
+            say = partial(tqdm.write, "read to the end", file=stderr)
+            thread = threading.Thread(target=say)
+            with _silent_decoders(only_if=True):
+                thread.start()
+                thread.join(0.2)
+                stderr.flush()
+            thread.join()
+            stderr.flush()
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+    assert path.read_text() == "read to the end\n"
+
+
+@pytest.mark.parametrize("name", ["a.mp3", "a.wav", "a.flac"])
+def test_damaged_audio_makes_no_noise(tmp_path: Path, name: str) -> None:
+    """libmpg123 writes to the process's standard error; only an mp3 costs a redirection."""
+    soundfile.write(tmp_path / "a.mp3", tones().T, 44100)
+    content = bytearray((tmp_path / "a.mp3").read_bytes())
+    content[20000:21000] = np.random.default_rng(0).bytes(1000)
+    (tmp_path / name).write_bytes(content)
+    code = "import sys, warnings; warnings.simplefilter('ignore')\n"
+    code += "from separation.audio import load_audio; load_audio(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path / name)]
+    root = Path(__file__).parents[2]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert result.stderr == ""
 
 
 def test_length_of_what_is_no_audio(tmp_path: Path) -> None:

@@ -161,6 +161,19 @@ def test_standard_output_whose_reader_has_gone(monkeypatch: pytest.MonkeyPatch) 
             write(noise(100000, 1))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("frames", [10, 100_000])
+def test_standard_output_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, frames: int) -> None:
+    """Whether a block or the last flush finds it full."""
+    with Path("/dev/full").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        with (
+            pytest.raises(InputError, match="standard output cannot be written .No space left"),
+            writer.open_standard_output(FORMATS["float"], 44100, 2, None) as write,
+        ):
+            write(noise(frames, 1))
+
+
 def test_standard_output_takes_wav_alone() -> None:
     with (
         pytest.raises(InputError, match="takes --format float, wav16 or wav24"),

@@ -43,13 +43,14 @@ def open_dataset(
     roots: Path | Sequence[Path],
     subset: str,
     *,
-    sample_rate: int = 44_100,
+    sample_rate: int | None = 44_100,
     stems: tuple[str, ...] = STEMS,
     missing_stems: MissingStems = "error",
     split: Split | None = None,
     cache_dir: Path | None = None,
     skip_broken: bool = False,
     headers: dict[Path, HeaderCache] | None = None,
+    use_copies: bool = True,
 ) -> list[Track]:
     """The tracks of a subset, root after root and sorted by name, opened by their headers alone.
 
@@ -57,7 +58,7 @@ def open_dataset(
         roots: one folder or several. A root holds `train` and `test`, and maybe `valid`, with a
             folder or a `.stem.mp4` a track; or its tracks themselves, which then train.
         subset: "train", "valid" or "test".
-        sample_rate: what every file must have, in Hz.
+        sample_rate: what every file must have, in Hz; None takes every track at its own rate.
         stems: what every track folder must have. A file `mixture` may be missing in `train` and
             `valid`: the mixture is then the sum of the stems.
         missing_stems: "silence" lets a track lack some of the stems.
@@ -65,6 +66,7 @@ def open_dataset(
         cache_dir: where headers and prepared copies are kept; None for beside the data.
         skip_broken: log broken tracks by name and go on with the others.
         headers: those known by root, to share between calls and to save; filled where empty.
+        use_copies: take prepared 16-bit copies in the place of the originals; scoring must not.
 
     Raises:
         InputError: no such folder, no tracks, or broken tracks, all of them in one message.
@@ -81,7 +83,9 @@ def open_dataset(
     for root, paths in selected.items():
         if root not in headers:
             headers[root] = HeaderCache(root, cache_folders(root, cache_dir))
-        opened, reasons = open_tracks(root, paths, expected, headers[root], subset == "test")
+        opened, reasons = open_tracks(
+            root, paths, expected, headers[root], subset == "test", use_copies
+        )
         tracks += opened
         broken += reasons
     _check_opened(" and ".join(map(str, roots)), subset, tracks, broken, skip_broken)
@@ -94,8 +98,9 @@ def open_tracks(
     expected: Expected,
     headers: HeaderCache,
     need_mixture: bool = False,
+    use_copies: bool = True,
 ) -> tuple[list[Track], list[str]]:
-    """Open the tracks at `paths`, or their copies where these are true.
+    """Open the tracks at `paths`, or with `use_copies` their copies where these are true.
 
     Returns:
         The sound tracks, and what is wrong with the others.
@@ -106,7 +111,7 @@ def open_tracks(
     for path in paths:
         try:
             copy = None
-            if with_copies and expected.sample_rate is not None:
+            if use_copies and with_copies and expected.sample_rate is not None:
                 copy = find_copy(with_copies, root, path, expected.sample_rate)
             tracks.append(open_track(root, copy or path, expected, headers, need_mixture))
         except InputError as error:
