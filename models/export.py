@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from models.bsmamba2 import BAND_AXIS, TIME_AXIS, BSMamba2
-from models.errors import InputError
+from models.errors import InputError, log_level
 from models.files import whole_file
 from models.scan import chunked
 
@@ -109,17 +109,12 @@ def export_onnx(model: BSMamba2, path: str | Path, frames: int) -> float:
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """Without the exporter's own deprecations and its regrets about torchvision."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with (
+        log_level(logging.ERROR, "torch.onnx", "onnxscript", "onnx_ir"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

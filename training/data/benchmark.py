@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from models.errors import InputError, run_command
+from models.errors import InputError, log_level, run_command
 from models.files import write_text
 from models.provenance import processor_name, provenance
 from training.config import Config, parse_config
@@ -308,10 +308,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@log_level(logging.WARNING, "training")
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = parse_arguments(argv)
-    logging.getLogger("training").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from models.errors import InputError, run_command
+from models.errors import InputError, log_level, run_command
 from models.files import whole_file
 from training.config import Config, load_config
 from training.data.activity import ActivityIndex, build_activity_index
@@ -195,12 +195,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+# What the index cannot read is in the list at the end.
+@log_level(logging.ERROR, "training.data.activity")
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    # What the index cannot read is in the list at the end.
-    logging.getLogger("training.data.activity").setLevel(logging.ERROR)
     # A JSON text is YAML whatever the path holds. A broken track is what this command is for.
     words = [f"data.root={json.dumps(str(args.root))}", "run.dir=unused", "data.skip_broken=true"]
     config = load_config(args.config, [*words, *args.overrides])

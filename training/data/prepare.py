@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from models.errors import InputError, run_command
+from models.errors import InputError, log_level, run_command
 from training.data.activity import ActivityIndex, build_activity_index
 from training.data.cache import HeaderCache, cache_folders, locked
 from training.data.parallel import in_threads
@@ -185,12 +185,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+# What the index cannot read is in the list at the end.
+@log_level(logging.ERROR, "training.data.activity")
 def main(argv: list[str] | None = None) -> int:
     """The command; returns 2 where a track is broken."""
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    # What the index cannot read is in the list at the end.
-    logging.getLogger("training.data.activity").setLevel(logging.ERROR)
     expected = Expected(args.sample_rate, tuple(args.stems), args.missing_stems)
     frames = round(args.segment_seconds * args.sample_rate)
     broken: list[str] = []

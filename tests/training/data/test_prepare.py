@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -34,6 +35,13 @@ def copies(root: Path) -> dict[str, int]:
     folder = root / FOLDER / "prepared"
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files}
+
+
+def test_command_leaves_the_log_as_it_was(root: Path, capsys) -> None:
+    names = ("training", "training.data.activity")
+    before = [logging.getLogger(name).level for name in names]
+    main([str(root), *SECOND])
+    assert [logging.getLogger(name).level for name in names] == before
 
 
 def test_other_rates_are_resampled_once(root: Path, capsys) -> None:
