@@ -303,7 +303,7 @@ class Trainer:
             "data_wait_share": watch.spent("data") / watch.seconds,
             "skipped_steps": self.position.skipped + skipped,
             "seconds": self.seconds,
-            "seconds_left": self.seconds * (1 / max(self.progress, 1e-9) - 1),
+            "seconds_left": self.seconds * max(0.0, 1 / max(self.progress, 1e-9) - 1),
         }
         row |= self._read_failures()
         if self.device.type == "cuda":

@@ -185,11 +185,12 @@ def test_bf16_is_autocast_over_float32_weights(tiny_config: Path) -> None:
 def test_time_limit_validates_saves_and_ends(
     tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "seconds", property(lambda trainer: 60.0 * trainer.step))
+    monkeypatch.setattr(Trainer, "seconds", property(lambda trainer: 61.0 * trainer.step))
     assert train(tiny_config, "training.max_minutes=3") == 0
     rows = read_rows(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert "valid_usdr" in rows[-1]
+    assert rows[-1]["seconds_left"] == 0
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt").training["step"] == 3
 
 
