@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import scaling
-from benchmarks.report import environment, markdown_table, write_json
+from benchmarks.report import environment, markdown_table, save
 from benchmarks.scaling import Launch
 from models.errors import InputError, run_command
 from training.data import synthetic
@@ -84,12 +84,6 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(f"{key}: {value}" for key, value in results["killed"].items()))
     save(args.json, results)
     return 0
-
-
-def save(path: Path | None, results: dict[str, Any]) -> None:
-    """Write what is measured so far: a run of minutes may be cut off."""
-    if path is not None:
-        write_json(path, results)
 
 
 if __name__ == "__main__":

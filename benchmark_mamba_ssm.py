@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import cases, training_step
 from benchmarks.cases import PEER, Case, Setting
-from benchmarks.report import Cell, environment, markdown_table, write_json
+from benchmarks.report import Cell, environment, markdown_table, save
 from benchmarks.timing import free_memory, measure
 from models import BSMamba2Config, InputError
 from models.errors import run_command
@@ -202,17 +202,11 @@ def main(argv: list[str] | None = None) -> int:
         for seconds in args.seconds or (QUICK_SECONDS if short else PAPER_SECONDS):
             for part in args.parts:
                 rows += run_part(part, setting, seconds, args.quick)
-                save(args.json, facts, rows)
+                save(args.json, {"environment": facts, "rows": rows})
     print(markdown_table(rows, columns), end="\n\n")
     print(training_step.verdict(rows) if args.training else verdict(rows))
-    save(args.json, facts, rows)
+    save(args.json, {"environment": facts, "rows": rows})
     return 0
-
-
-def save(path: Path | None, facts: dict[str, str], rows: list[dict[str, Any]]) -> None:
-    """Write what is measured so far: a run of minutes may be cut off."""
-    if path is not None:
-        write_json(path, {"environment": facts, "rows": rows})
 
 
 if __name__ == "__main__":

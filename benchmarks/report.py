@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from models.files import write_text
 from models.provenance import processor_name, provenance
 
 Cell = str | float | int | None
@@ -76,7 +77,7 @@ def markdown_table(rows: Sequence[dict[str, Cell]], columns: Sequence[str]) -> s
     return "\n".join([line(columns), rule, *(line(values) for values in cells)])
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write a result file, its folders included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def save(path: Path | None, content: object) -> None:
+    """Write what is measured so far, if a file is asked for: a run of minutes may be cut off."""
+    if path is not None:
+        write_text(path, json.dumps(content, indent=1) + "\n")

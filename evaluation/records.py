@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,7 +23,7 @@ from evaluation.scoring import (
     json_number,
 )
 from models.errors import InputError
-from models.files import write_text
+from models.files import try_writing, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -185,9 +184,7 @@ def claim_folder(folder: Path, identity: dict[str, Any], option: str) -> None:
 def require_writable(path: Path) -> None:
     """Raise InputError, before any work, if the file `path` could not be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        try_writing(path.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 

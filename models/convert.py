@@ -84,13 +84,10 @@ def _write_safetensors(found: Checkpoint, arguments: argparse.Namespace) -> None
 
     target: Path = arguments.target
     save_checkpoint(target, found.config, found.state_dict)
-    card = target.with_suffix(".md")
     print(target)
-    if card.exists():
-        print(f"{card}: kept, it exists; see that it fits these weights")
-        return
-    write_text(card, model_card(found, target.stem, target.name, arguments.license))
-    print(f"{card}: the model card, to be completed before you publish")
+    card = model_card(found, target.stem, target.name, arguments.license)
+    note = ": the model card, to be completed before you publish"
+    _write_beside(target.with_suffix(".md"), card, note)
 
 
 def _write_official(found: Checkpoint, arguments: argparse.Namespace) -> None:
@@ -102,13 +99,17 @@ def _write_msst(found: Checkpoint, arguments: argparse.Namespace) -> None:
     target: Path = arguments.target
     content = to_msst(found.config)
     save_pickled(target, dict(found.state_dict))
-    beside = target.with_suffix(".yaml")
     print(target)
-    if beside.exists():
-        print(f"{beside}: kept, it exists; see that it fits these weights")
+    _write_beside(target.with_suffix(".yaml"), content)
+
+
+def _write_beside(path: Path, content: str, note: str = "") -> None:
+    """Write a text that goes with weights, unless there is one, which a person may have edited."""
+    if path.exists():
+        print(f"{path}: kept, it exists; see that it fits these weights")
         return
-    write_text(beside, content)
-    print(beside)
+    write_text(path, content)
+    print(f"{path}{note}")
 
 
 def _write_onnx(found: Checkpoint, arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from models.bsmamba2 import BSMamba2Config
 from models.errors import InputError
@@ -68,8 +68,23 @@ class MsstConfig:
 def read_msst_config(path: Path) -> MsstConfig:
     """MSST's YAML. Raises InputError, naming the key, if the file is none."""
     values = _read_yaml(path)
-    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+    if not _is_msst(values):
         raise InputError(f"{path}: not a configuration of MSST: has no section model")
+    return _parse(path, values)
+
+
+def find_msst_config(weights: Path) -> MsstConfig | None:
+    """The YAML of the same name beside weights; None if there is none, or it is not MSST's."""
+    path = weights.with_suffix(".yaml")
+    values = _read_yaml(path) if path.is_file() else None
+    return _parse(path, values) if _is_msst(values) else None
+
+
+def _is_msst(values: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(values, dict) and isinstance(values.get("model"), dict)
+
+
+def _parse(path: Path, values: dict[str, Any]) -> MsstConfig:
     model = _section(path, values, "model")
     audio = _section(path, values, "audio")
     training = _section(path, values, "training")
@@ -85,16 +100,6 @@ def read_msst_config(path: Path) -> MsstConfig:
         raise InputError(f"{path}: training.instruments is {names!r}, a list of names is needed")
     hop = model.get("stft_hop_length")
     return MsstConfig(path, model, hop, audio.get("sample_rate"), tuple(names))
-
-
-def find_msst_config(weights: Path) -> MsstConfig | None:
-    """The YAML of the same name beside weights; None if there is none, or it is not MSST's."""
-    path = weights.with_suffix(".yaml")
-    if not path.is_file():
-        return None
-    values = _read_yaml(path)
-    is_msst = isinstance(values, dict) and isinstance(values.get("model"), dict)
-    return read_msst_config(path) if is_msst else None
 
 
 def _section(path: Path, values: dict[str, Any], name: str) -> dict[str, Any]:

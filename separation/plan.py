@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import string
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import InputError
+from models.files import try_writing
 from separation.reader import STANDARD_INPUT
 
 DEFAULT_NAME = "{track}/{stem}.{ext}"
@@ -185,11 +185,8 @@ def _require_inside(name: Path, what: str) -> None:
 
 def require_writable(output: Path) -> None:
     """Raise InputError, before any work, if nothing can be written under the folder."""
-    probe = output / f".write-test-{os.getpid()}-{time.time_ns()}"
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        try_writing(output)
     except OSError as error:
         raise InputError(
             f"{output}: cannot be written ({error.strerror}); choose another --output"

@@ -27,7 +27,7 @@ def ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
             for item in items:
                 if not _put(ready, item, stopped):
                     return
-        except BaseException as error:
+        except BaseException as error:  # raised again where the items are taken
             errors.append(error)
         finally:
             _put(ready, _END, stopped)
@@ -64,7 +64,7 @@ def drain(items: Iterable[Item], consume: Callable[[Iterator[Item]], None], dept
     def run() -> None:
         try:
             consume(received())
-        except BaseException as error:
+        except BaseException as error:  # raised again in the thread that makes the items
             errors.append(error)
         finally:
             stopped.set()
@@ -75,7 +75,7 @@ def drain(items: Iterable[Item], consume: Callable[[Iterator[Item]], None], dept
         for item in items:
             if not _put(ready, item, stopped):
                 break
-    except BaseException as error:
+    except BaseException as error:  # `consume` must hear of it too
         source_error.append(error)
         raise
     finally:

@@ -6,7 +6,6 @@ CUDA tensors through NCCL, in one process group.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 # Rank 0 may index a large data set while the others wait.
 _TIMEOUT = timedelta(hours=2)

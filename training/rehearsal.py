@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import shutil
 import sys
 import tempfile
@@ -14,6 +13,7 @@ import torch
 
 from models.errors import InputError
 from training.run_folder import RunFolder
+from training.state import training_state
 from training.trainer import Trainer
 from training.writer import snapshot
 
@@ -35,13 +35,15 @@ def dry_run(trainer: Trainer) -> int:
     batches = trainer.loaders.training(trainer.position.examples)
     for number in range(1, _STEPS + 1):
         # What a step finds on the GPU while checkpoints are written beside it.
-        copies = snapshot((trainer.weights(), trainer.state())) if number == _STEPS else None
+        copies = None
+        if number == _STEPS:
+            copies = snapshot((trainer.weights(), training_state(trainer)))
         started = time.monotonic()
         trainer.train_step(batches)
-        _synchronize(trainer)
+        skipped = trainer.skipped  # waits for the step
         step_seconds = time.monotonic() - started
     del copies
-    if int(trainer.guard.total) == _STEPS:
+    if skipped - trainer.position.skipped == _STEPS:
         raise InputError(
             "no step had a finite gradient: lower training.learning_rate, try"
             " training.precision=fp32, and look at the data with training.data.inspect"
@@ -117,11 +119,8 @@ def _peak_gib(trainer: Trainer) -> str:
         held = torch.cuda.max_memory_reserved(trainer.device) / GIB
         total = torch.cuda.get_device_properties(trainer.device).total_memory / GIB
         return f"{peak:.1f} GiB in use, {held:.1f} GiB reserved, of {total:.1f} on the GPU"
+    import resource  # not on Windows
+
     # In KiB on Linux, in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB:.1f} GiB of RAM"
-
-
-def _synchronize(trainer: Trainer) -> None:
-    if trainer.device.type == "cuda":
-        torch.cuda.synchronize(trainer.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 
 import torch
@@ -13,8 +12,6 @@ from models import BSMamba2
 from models.errors import InputError
 from training.config import Config, TrainingSection
 from training.distributed import World
-
-logger = logging.getLogger(__name__)
 
 AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -7,12 +7,18 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from models import BSMamba2Config
+from models.checkpoint import Checkpoint, read_checkpoint
 from models.errors import InputError
+from models.provenance import provenance
+
+if TYPE_CHECKING:
+    from training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +53,77 @@ class Position:
         """The position that a checkpoint holds; what older ones lack is as at the start."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: training[name] for name in names if name in training})
+
+
+def training_state(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint holds besides the weights that ship, for `resume`."""
+    state: dict[str, Any] = {
+        **trainer.position.as_dict(),
+        "skipped": trainer.skipped,
+        "seconds": trainer.seconds,
+        "weights": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "plateau": trainer.plateau.state_dict(),
+        "random": random_states(),
+        "config": trainer.config.model_dump(mode="json"),
+        "provenance": provenance(),
+    }
+    if not trainer.settings.save_ema:
+        state["ema"] = trainer.ema.state_dict()
+    return state
+
+
+def resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Take over the state of a run's checkpoint.
+
+    Raises:
+        InputError: it is of another network than the configuration's.
+    """
+    training = checkpoint.training
+    check_same_network(checkpoint.config, trainer.config.model)
+    trainer.model.load_state_dict(training["weights"])
+    trainer.ema.load_state_dict(training.get("ema", checkpoint.state_dict))
+    trainer.optimizer.load_state_dict(training["optimizer"])
+    if training["scaler"] and trainer.scaler.is_enabled():  # else the precision has changed
+        trainer.scaler.load_state_dict(training["scaler"])
+    trainer.plateau.load_state_dict(training["plateau"])
+    for group in trainer.optimizer.param_groups:
+        # The configuration rules, also where it changed since.
+        group["betas"] = trainer.settings.betas
+        group["weight_decay"] = trainer.settings.weight_decay
+    trainer.position = Position.from_checkpoint(training)
+    set_random_states(training["random"])
+    log_changes(training["config"], trainer.config.model_dump(mode="json"))
+    logger.info("resumed at step %d", trainer.step)
+
+
+def start_from_weights(trainer: Trainer, path: Path) -> None:
+    """Start at step 0 from the weights of any checkpoint.
+
+    Raises:
+        InputError: they are of another network than the configuration's.
+    """
+    found = read_checkpoint(path)
+    check_same_network(found.config, trainer.config.model, fine_tuning=True)
+    trainer.model.load_state_dict(found.state_dict)
+    trainer.ema.load_state_dict(found.state_dict)
+    logger.info("weights from %s", path)
+
+
+def check_ranks_agree(trainer: Trainer) -> None:
+    """All ranks must go on from one place in one stream, which one folder and data set give.
+
+    Raises:
+        InputError: they do not.
+    """
+    windows = {stem: len(rows) for stem, rows in trainer.loaders.mixes.windows.items()}
+    ranks = trainer.world.gather((trainer.step, windows))
+    if any(rank != ranks[0] for rank in ranks):
+        raise InputError(
+            f"the ranks start at different steps or with different segments ({ranks}): run.dir"
+            " and the data must be the same on all machines"
+        )
 
 
 def check_same_network(

@@ -38,6 +38,7 @@ from training.rehearsal import dry_run, profile
 from training.run_folder import RunFolder
 from training.summary import summary
 from training.trainer import Trainer
+from training.writer import unwritable
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            raise InputError(
-                f"{error.filename or config.run.dir}: cannot be written: {error.strerror}; free"
-                " space, then go on with --resume auto"
-            ) from error
+            raise unwritable(error, config.run.dir) from error
         except RuntimeError as error:
             if world.size == 1 or not lost_a_rank(error):
                 raise

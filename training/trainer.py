@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from models import BSMamba2
-from models.checkpoint import Checkpoint, read_checkpoint
-from models.errors import InputError
-from models.provenance import provenance
+from models.checkpoint import Checkpoint
 from training.config import Config
 from training.data.mixing import Example
 from training.distributed import Agreement, World
@@ -41,12 +39,12 @@ from training.setup import (
 from training.signals import StopRequest, exit_code
 from training.state import (
     Position,
-    check_same_network,
-    log_changes,
-    random_states,
-    set_random_states,
+    check_ranks_agree,
+    resume,
+    start_from_weights,
+    training_state,
 )
-from training.validation import Validation, round_trip, separate_segment, validate
+from training.validation import round_trip, show_examples, tell_of_silence, validate
 from training.writer import BackgroundWriter, snapshot
 
 logger = logging.getLogger(__name__)
@@ -92,28 +90,18 @@ class Trainer:
         self.plateau = Plateau(self.settings.plateau_factor, self.settings.plateau_patience)
         self.position = Position()
         if checkpoint is not None:
-            self.load(checkpoint)
+            resume(self, checkpoint)
         elif self.settings.init_from is not None:
-            self.load_weights()
-        self._check_ranks_agree()
+            start_from_weights(self, self.settings.init_from)
+        check_ranks_agree(self)
         # After the weights, which it takes from rank 0.
         self.replicas = replicate(self.network, self.device, self.world)
         self.guard = FiniteGuard(self.device)
         self.recent: deque[int] = deque(maxlen=2)  # first examples of the newest steps
-        self.seconds_before = self.clock = self.position.seconds
+        self.clock = self.position.seconds  # the one that all ranks agree on
         self.watch = Stopwatch()  # of this process
         self.row_watch, self.row_step = Stopwatch(), self.position.step
         self.averages = Averages()
-
-    def _check_ranks_agree(self) -> None:
-        """All ranks must go on from one place in one stream, which one folder and data set give."""
-        windows = {stem: len(rows) for stem, rows in self.loaders.mixes.windows.items()}
-        ranks = self.world.gather((self.step, windows))
-        if any(rank != ranks[0] for rank in ranks):
-            raise InputError(
-                f"the ranks start at different steps or with different segments ({ranks}): run.dir"
-                " and the data must be the same on all machines"
-            )
 
     @property
     def step(self) -> int:
@@ -123,7 +111,12 @@ class Trainer:
     @property
     def seconds(self) -> float:
         """Training time of the run, over all its resumed parts."""
-        return self.seconds_before + self.watch.seconds
+        return self.position.seconds + self.watch.seconds
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped, over all resumed parts of the run."""
+        return self.position.skipped + int(self.guard.total)
 
     @property
     def examples_per_step(self) -> int:
@@ -229,7 +222,7 @@ class Trainer:
 
         exchange: whether the ranks average their gradients now; they do so once a step.
         """
-        with self._without_exchange() if not exchange else nullcontext():
+        with nullcontext() if exchange else self._without_exchange():
             loss, terms = self._losses(self.replicas, batch)
             # One where the loss is finite; else its gradient shall not be either, on any rank.
             factor = (1 + 0 * loss.detach()) / self.settings.accumulation
@@ -292,7 +285,6 @@ class Trainer:
         watch, steps = self.row_watch, max(1, self.step - self.row_step)
         self.averages, self.row_step = Averages(), self.step
         rate = steps * self.examples_per_step / watch.seconds
-        skipped = int(self.guard.total)
         row = {
             "step": self.step,
             **dict(zip(means, values, strict=True)),
@@ -301,7 +293,7 @@ class Trainer:
             "examples_per_second": rate,
             "real_time_factor": rate * self.config.data.segment_seconds,
             "data_wait_share": watch.spent("data") / watch.seconds,
-            "skipped_steps": self.position.skipped + skipped,
+            "skipped_steps": self.skipped,
             "seconds": self.seconds,
             "seconds_left": self.seconds * max(0.0, 1 / max(self.progress, 1e-9) - 1),
         }
@@ -321,27 +313,21 @@ class Trainer:
             batches = self.loaders.validation()
             result = validate(self.estimate, self.model, self.loss, batches, self.world)
             if logbook is not None and self.config.run.tensorboard:
-                self._show_examples(logbook)
+                show_examples(
+                    logbook,
+                    self.estimate,
+                    self.model,
+                    self.loaders.segments,
+                    count=self.config.run.examples,
+                    step=self.step,
+                )
         if self.settings.schedule == "plateau":
             self.plateau.note(result.mean_usdr)
         if result.mean_usdr > self.position.best_usdr:
             self.position.best_usdr = result.mean_usdr
             self._save_best()
-        _tell_of_silence(result, self.step)
+        tell_of_silence(result, self.step)
         return result.row()
-
-    def _show_examples(self, logbook: Logbook) -> None:
-        segments, config = self.loaders.segments, self.model.config
-        count = min(self.config.run.examples, len(segments))
-        for place in range(count):
-            segment = segments[place * len(segments) // count]
-            if segment is None:  # no longer readable, which validation tells of
-                continue
-            waves = separate_segment(self.estimate, self.model, segment)
-            for number, stem in enumerate(config.stem_names):
-                one = {kind: wave[number] for kind, wave in waves.items()}
-                name = f"{stem}/{place + 1}"
-                logbook.write_example(one, config.sample_rate, self.step, name)
 
     def weights(self) -> dict[str, Tensor]:
         """The weights that ship. The authors' checkpoints hold the raw ones: save_ema=false."""
@@ -357,76 +343,9 @@ class Trainer:
         self.writer.submit(lambda: self.folder.save_best(config, weights, step, usdr))
 
     def save(self) -> None:
-        """Write, in the background, a checkpoint that `load` goes on from."""
+        """Write, in the background, a checkpoint that `--resume` goes on from."""
         if not self.world.is_main:
             return
-        weights, training, step = snapshot(self.weights()), snapshot(self.state()), self.step
-        config = self.config.model
+        weights, training = snapshot((self.weights(), training_state(self)))
+        config, step = self.config.model, self.step
         self.writer.submit(lambda: self.folder.save_last(config, weights, training, step))
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides the weights that ship."""
-        position = self.position.as_dict()
-        position["skipped"] += int(self.guard.total)
-        training: dict[str, Any] = {
-            **position,
-            "seconds": self.seconds,
-            "weights": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "plateau": self.plateau.state_dict(),
-            "random": random_states(),
-            "config": self.config.model_dump(mode="json"),
-            "provenance": provenance(),
-        }
-        if not self.settings.save_ema:
-            training["ema"] = self.ema.state_dict()
-        return training
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Take over the state of a checkpoint.
-
-        Raises:
-            InputError: it is of another network than the configuration's.
-        """
-        training = checkpoint.training
-        check_same_network(checkpoint.config, self.config.model)
-        self.model.load_state_dict(training["weights"])
-        self.ema.load_state_dict(training.get("ema", checkpoint.state_dict))
-        self.optimizer.load_state_dict(training["optimizer"])
-        if training["scaler"] and self.scaler.is_enabled():  # else the precision has changed
-            self.scaler.load_state_dict(training["scaler"])
-        self.plateau.load_state_dict(training["plateau"])
-        for group in self.optimizer.param_groups:
-            # The configuration rules, also where it changed since.
-            group["betas"] = self.settings.betas
-            group["weight_decay"] = self.settings.weight_decay
-        self.position = Position.from_checkpoint(training)
-        set_random_states(training["random"])
-        log_changes(training["config"], self.config.model_dump(mode="json"))
-        logger.info("resumed at step %d", self.step)
-
-    def load_weights(self) -> None:
-        """Start from the weights of `training.init_from`, at step 0.
-
-        Raises:
-            InputError: they are of another network than the configuration's.
-        """
-        assert self.settings.init_from is not None
-        found = read_checkpoint(self.settings.init_from)
-        check_same_network(found.config, self.config.model, fine_tuning=True)
-        self.model.load_state_dict(found.state_dict)
-        self.ema = EMA(self.model, self.settings.ema_decay)
-        logger.info("weights from %s", self.settings.init_from)
-
-
-def _tell_of_silence(result: Validation, step: int) -> None:
-    """Say when the network has learned no more than to be quiet."""
-    if result.is_silent:
-        logger.info(
-            "step %d: silence plateau: the estimates lie %.0f dB below the stems and score %.2f dB"
-            " uSDR (silence itself 0 dB); L1 losses pass through this, see the README",
-            step,
-            -result.level,
-            result.mean_usdr,
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -12,8 +13,12 @@ from torch import Tensor
 
 from evaluation.metrics import usdr
 from models import BSMamba2
+from training.data.mixing import AlignedSegments
 from training.distributed import World
+from training.logbook import Logbook
 from training.loss import SeparationLoss
+
+logger = logging.getLogger(__name__)
 
 # Estimates this far below their stems, in dB, that score no better than silence are silence.
 SILENT_LEVEL = -20.0
@@ -130,3 +135,36 @@ def separate_segment(
     model.train()
     waves = {"mixture": mixture.expand_as(target), "estimate": estimate, "truth": target}
     return {kind: wave.cpu() for kind, wave in waves.items()}
+
+
+def show_examples(
+    logbook: Logbook,
+    network: Callable[[Tensor], Tensor],
+    model: BSMamba2,
+    segments: AlignedSegments,
+    *,
+    count: int,
+    step: int,
+) -> None:
+    """Record sound and pictures of `count` segments, spread evenly and the same every time."""
+    count = min(count, len(segments))
+    for place in range(count):
+        segment = segments[place * len(segments) // count]
+        if segment is None:  # no longer readable, which validation tells of
+            continue
+        waves = separate_segment(network, model, segment)
+        for number, stem in enumerate(model.config.stem_names):
+            one = {kind: wave[number] for kind, wave in waves.items()}
+            logbook.write_example(one, model.config.sample_rate, step, f"{stem}/{place + 1}")
+
+
+def tell_of_silence(result: Validation, step: int) -> None:
+    """Say when the network has learned no more than to be quiet."""
+    if result.is_silent:
+        logger.info(
+            "step %d: silence plateau: the estimates lie %.0f dB below the stems and score %.2f dB"
+            " uSDR (silence itself 0 dB); L1 losses pass through this, see docs/training.md",
+            step,
+            -result.level,
+            result.mean_usdr,
+        )

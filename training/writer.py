@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -14,12 +13,19 @@ from torch.utils._pytree import tree_map
 
 from models.errors import InputError
 
-logger = logging.getLogger(__name__)
-
 
 def snapshot(state: Any) -> Any:
     """A copy of nested containers whose tensors no later step changes, each on its device."""
     return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, state)
+
+
+def unwritable(error: OSError, what: object) -> InputError:
+    """What to tell of a file of the run that cannot be written; `what` names it if it must."""
+    return InputError(
+        f"{error.filename or what}: cannot be written: {error.strerror or error};"
+        " free space or mend the disk, then go on with --resume auto from the last"
+        " checkpoint, which is whole"
+    )
 
 
 class BackgroundWriter:
@@ -61,11 +67,7 @@ class BackgroundWriter:
             return
         error, self._error = self._error, None
         if isinstance(error, OSError):
-            raise InputError(
-                f"{error.filename or 'checkpoint'}: cannot be written: {error.strerror or error};"
-                " free space or mend the disk, then go on with --resume auto from the last"
-                " checkpoint, which is whole"
-            ) from error
+            raise unwritable(error, "checkpoint") from error
         raise error
 
     def close(self) -> None:

@@ -111,8 +111,7 @@ def run(folder: Path, config: str, *overrides: str) -> int:
 
 def two(folder: Path, config: str) -> None:
     pids = fork_ranks(2, lambda: run(folder / "killed", config))
-    while not (folder / "killed" / "checkpoints" / "last.pt").exists():
-        time.sleep(0.001)
+    wait_for_change(folder / "killed", pids[0])
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -122,14 +121,12 @@ def two(folder: Path, config: str) -> None:
 
 def one(folder: Path, config: str) -> None:
     pid = fork(lambda: (os.setsid(), run(folder / "group", config, "data.num_workers=1"))[1])
-    while not (folder / "group" / "checkpoints" / "last.pt").exists():
-        time.sleep(0.001)
+    wait_for_change(folder / "group", pid)
     os.killpg(pid, signal.SIGTERM)  # the workers get it too
     wait([pid])
     for name in ("stopped", "orphaned"):
         pids = fork_ranks(2, lambda name=name: run(folder / name, config))
-        while not (folder / name / "checkpoints" / "last.pt").exists():
-            time.sleep(0.001)
+        wait_for_change(folder / name, pids[0])
         if name == "stopped":
             os.kill(pids[1], signal.SIGTERM)
             wait(pids)
@@ -141,12 +138,10 @@ def one(folder: Path, config: str) -> None:
 def kills(folder: Path, config: str) -> None:
     wait([fork(lambda: run(folder / "whole", config))])
     rng = random.Random(0)
-    last = folder / "killed" / "checkpoints" / "last.pt"
     for _ in range(KILLS):
-        before = written(last)
+        before = written(folder / "killed")
         pid = fork(lambda: run(folder / "killed", config))
-        while written(last) == before:  # it gets on by a step at least
-            time.sleep(0.001)
+        wait_for_change(folder / "killed", pid, before)  # it gets on by a step at least
         time.sleep(rng.uniform(0.0, 0.12))  # then dies in a step or in a write
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
@@ -154,8 +149,18 @@ def kills(folder: Path, config: str) -> None:
     wait([fork(lambda: run(folder / "killed", config))])
 
 
-def written(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.exists() else 0
+def written(folder: Path) -> int:
+    """When the run's newest checkpoint was written, 0 if there is none."""
+    last = folder / "checkpoints" / "last.pt"
+    return last.stat().st_mtime_ns if last.exists() else 0
+
+
+def wait_for_change(folder: Path, pid: int, before: int = 0) -> None:
+    """Wait until the run writes a checkpoint; a run that ended will not."""
+    while written(folder) == before:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        assert not ended, f"ended without a checkpoint: {os.waitstatus_to_exitcode(status)}"
+        time.sleep(0.001)
 
 
 if __name__ == "__main__":

@@ -58,8 +58,10 @@ def test_silence_is_told_from_a_slow_start() -> None:
 
 def test_an_example_shows_what_the_network_makes_of_a_segment(model: BSMamba2) -> None:
     segment = {"mixture": torch.randn(2, TIME), "target": torch.randn(2, 2, TIME)}
-    network = torch.nn.Module()
-    network.forward = lambda mixture: torch.stack([mixture, 2 * mixture], dim=1)  # type: ignore
+
+    def network(mixture: Tensor) -> Tensor:
+        return torch.stack([mixture, 2 * mixture], dim=1)
+
     waves = separate_segment(network, model, segment)
     assert torch.equal(waves["truth"], segment["target"])
     assert torch.equal(waves["mixture"][1], segment["mixture"])

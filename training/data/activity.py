@@ -26,7 +26,10 @@ from training.data.track import CorruptAudioError, Track
 logger = logging.getLogger(__name__)
 
 _SILENT_RMS = 1e-5
-_CHUNKS = 10
+_CHUNKS = 10  # of a window, whose RMS is measured
+_QUANTILE = 0.15  # of a window's chunk RMS values: its threshold,
+_FLOOR_RMS = 1e-3  # which is at least this
+_ACTIVE_SHARE = 0.5  # of the chunks must exceed it
 _PIECE_FRAMES = 2**20  # of a file that is read piece by piece
 
 # A stem to search: its track, its name and its file.
@@ -35,53 +38,32 @@ Job = tuple[Track, str, AudioFile]
 Place = tuple[int, str]
 
 
-def active_windows(
-    audio: np.ndarray,
-    window: int,
-    hop: int,
-    chunks: int = _CHUNKS,
-    quantile: float = 0.15,
-    floor: float = 1e-3,
-    active_share: float = 0.5,
-) -> list[int]:
+def active_windows(audio: np.ndarray, window: int, hop: int) -> list[int]:
     """First samples of the windows in which a stem is active in every channel.
 
     Args:
         audio: [c, t].
-        window: length of a window in samples; a shorter tail of the track is dropped.
+        window: length of a window in samples; a shorter tail of the track is dropped, and up to
+            nine samples at the end of a window are left out where ten chunks do not divide it.
         hop: samples between the starts of neighbouring windows.
-        chunks: equal parts of a window whose RMS is measured; up to `chunks - 1` samples at the end
-            of a window are left out where they do not divide it.
-        quantile: the threshold is this quantile of the window's chunk RMS values,
-        floor: but at least this RMS.
-        active_share: more than this share of the chunks must exceed the threshold.
     """
-    energy = _block_energy(audio, _block(window, hop, chunks))
-    return _decide(energy, window, hop, chunks, quantile, floor, active_share)
+    return _decide(_block_energy(audio, _block(window, hop)), window, hop)
 
 
-def _decide(
-    energy: np.ndarray,
-    window: int,
-    hop: int,
-    chunks: int = _CHUNKS,
-    quantile: float = 0.15,
-    floor: float = 1e-3,
-    active_share: float = 0.5,
-) -> list[int]:
+def _decide(energy: np.ndarray, window: int, hop: int) -> list[int]:
     """`active_windows` from the energies of its blocks, [c, block]."""
-    rms = _chunk_rms(energy, window, hop, chunks)  # c window chunk
-    threshold = np.maximum(np.quantile(rms, quantile, axis=-1, keepdims=True), floor)
+    rms = _chunk_rms(energy, window, hop)  # c window chunk
+    threshold = np.maximum(np.quantile(rms, _QUANTILE, axis=-1, keepdims=True), _FLOOR_RMS)
     loud_chunks = (rms > threshold).sum(axis=-1)  # c window
-    active = (loud_chunks > active_share * chunks).all(axis=0)
+    active = (loud_chunks > _ACTIVE_SHARE * _CHUNKS).all(axis=0)
     return [int(number) * hop for number in np.flatnonzero(active)]
 
 
-def _block(window: int, hop: int, chunks: int) -> int:
+def _block(window: int, hop: int) -> int:
     """Samples of a block. Overlapping windows share blocks, so squares are summed once."""
-    if window < chunks or hop < 1:
-        raise ValueError(f"window {window} and hop {hop} leave no {chunks} chunks")
-    return math.gcd(window // chunks, hop)
+    if window < _CHUNKS or hop < 1:
+        raise ValueError(f"window {window} and hop {hop} leave no {_CHUNKS} chunks")
+    return math.gcd(window // _CHUNKS, hop)
 
 
 def _block_energy(audio: np.ndarray, block: int) -> np.ndarray:
@@ -91,13 +73,13 @@ def _block_energy(audio: np.ndarray, block: int) -> np.ndarray:
     return np.einsum("cnb,cnb->cn", blocks, blocks, dtype=np.float64)
 
 
-def _chunk_rms(energy: np.ndarray, window: int, hop: int, chunks: int) -> np.ndarray:
+def _chunk_rms(energy: np.ndarray, window: int, hop: int) -> np.ndarray:
     """RMS of every chunk of every window, [c, window, chunk], silence counted as 1e-5."""
-    chunk, block = window // chunks, _block(window, hop, chunks)
+    chunk, block = window // _CHUNKS, _block(window, hop)
     windows = max(0, (energy.shape[-1] * block - window) // hop + 1)
     if windows == 0:
-        return np.empty((energy.shape[0], 0, chunks))
-    starts = hop * np.arange(windows)[:, None] + chunk * np.arange(chunks)  # window chunk
+        return np.empty((energy.shape[0], 0, _CHUNKS))
+    starts = hop * np.arange(windows)[:, None] + chunk * np.arange(_CHUNKS)  # window chunk
     first = starts // block
     totals = np.cumsum(np.pad(energy, ((0, 0), (1, 0))), axis=-1)
     chunk_energy = np.maximum(totals[:, first + chunk // block] - totals[:, first], 0)
@@ -208,7 +190,7 @@ def _find(
 def _search(job: Job, segment_frames: int) -> Activity:
     track, stem, _ = job
     hop = max(1, segment_frames // 2)
-    block = _block(segment_frames, hop, _CHUNKS)
+    block = _block(segment_frames, hop)
     # Whole blocks at a time: a song of an hour would fill the memory.
     piece = max(1, _PIECE_FRAMES // block) * block if track.is_seekable else track.frames
     try:

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import soundfile
 
+from training.data.activity import ActivityIndex, build_activity_index
+from training.data.sources import STEMS, Track, open_dataset
+
 RATE = 44_100
-STEMS = ("vocals", "drums", "bass", "other")
+SEGMENT = 4410
 
 
 @pytest.fixture
@@ -35,3 +38,17 @@ def make_folder_track() -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def tracks(tmp_path: Path, make_folder_track: Callable[..., Path]) -> list[Track]:
+    """Three tracks of half a second."""
+    for number in range(3):
+        make_folder_track(tmp_path / "test" / f"{number}", seconds=0.5, seed=number)
+    return open_dataset(tmp_path, "test")
+
+
+@pytest.fixture
+def index(tracks: list[Track]) -> ActivityIndex:
+    """Of `tracks`, for segments of a tenth of a second."""
+    return build_activity_index(tracks, STEMS, SEGMENT)

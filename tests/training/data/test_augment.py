@@ -1,31 +1,18 @@
 from __future__ import annotations
 
 import builtins
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from models.errors import InputError
-from training.data.activity import ActivityIndex, build_activity_index
+from training.data.activity import ActivityIndex
 from training.data.augment import Augmentation, Change, stretch
 from training.data.mixing import RandomMixes
-from training.data.sources import STEMS, open_dataset
+from training.data.sources import STEMS
 
 RATE = 44_100
 SEGMENT = 4410
-
-
-@pytest.fixture
-def tracks(tmp_path: Path, make_folder_track) -> list:
-    for number in range(3):
-        make_folder_track(tmp_path / "test" / f"{number}", seconds=0.5, seed=number)
-    return open_dataset(tmp_path, "test")
-
-
-@pytest.fixture
-def index(tracks: list) -> ActivityIndex:
-    return build_activity_index(tracks, STEMS, SEGMENT)
 
 
 def mixes(tracks: list, index: ActivityIndex, **settings: float) -> RandomMixes:

@@ -22,18 +22,6 @@ from training.data.sources import STEMS, CorruptAudioError, open_dataset
 SEGMENT = 4410
 
 
-@pytest.fixture
-def tracks(tmp_path: Path, make_folder_track) -> list:
-    for number in range(3):
-        make_folder_track(tmp_path / "test" / f"{number}", seconds=0.5, seed=number)
-    return open_dataset(tmp_path, "test")
-
-
-@pytest.fixture
-def index(tracks: list) -> ActivityIndex:
-    return build_activity_index(tracks, STEMS, SEGMENT)
-
-
 def mixes(tracks: list, index: ActivityIndex, targets=STEMS, **options) -> RandomMixes:
     return RandomMixes(tracks, index, targets, **{"seed": 7, **options})
 
