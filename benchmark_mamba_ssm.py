@@ -193,8 +193,12 @@ def main(argv: list[str] | None = None) -> int:
     facts["network"] = f"dim {setting.config.dim}, depth {setting.config.depth}"
     facts["command"] = "python benchmark_mamba_ssm.py " + " ".join(argv or sys.argv[1:])
     print("\n".join(f"{name}: {value}" for name, value in facts.items()), end="\n\n")
+
+    def note(rows: list[dict[str, Any]]) -> None:
+        save(args.json, {"environment": facts, "rows": rows})
+
     if args.training:
-        rows: list[dict[str, Any]] = training_step.rows(setting, args.seconds)
+        rows: list[dict[str, Any]] = training_step.rows(setting, args.seconds, note)
         columns: Sequence[str] = training_step.COLUMNS
     else:
         short = args.quick or setting.device.type == "cpu"
@@ -202,10 +206,10 @@ def main(argv: list[str] | None = None) -> int:
         for seconds in args.seconds or (QUICK_SECONDS if short else PAPER_SECONDS):
             for part in args.parts:
                 rows += run_part(part, setting, seconds, args.quick)
-                save(args.json, {"environment": facts, "rows": rows})
+                note(rows)
     print(markdown_table(rows, columns), end="\n\n")
     print(training_step.verdict(rows) if args.training else verdict(rows))
-    save(args.json, {"environment": facts, "rows": rows})
+    note(rows)
     return 0
 
 

@@ -33,8 +33,15 @@ SHORT_SECONDS = 1.0  # the sequential loop keeps a state a step: 8 s do not fit 
 CONFIG = Path(__file__).parents[1] / "configs" / "bsmamba2.yaml"
 
 
-def rows(setting: Setting, seconds: Sequence[float] | None) -> list[dict[str, Any]]:
-    """One row a backend; `sequential` on a short segment, with gradient checkpointing."""
+def rows(
+    setting: Setting,
+    seconds: Sequence[float] | None,
+    note: Callable[[list[dict[str, Any]]], None] = lambda table: None,
+) -> list[dict[str, Any]]:
+    """One row a backend; `sequential` on a short segment, with gradient checkpointing.
+
+    note: called with what is measured so far.
+    """
     long = (seconds or [8.0 if setting.device.type == "cuda" else SHORT_SECONDS])[0]
     backends = runnable_backends(setting, whole_block=True)
     backends = [name for name in reversed(backends) if name != "sequential"]
@@ -43,12 +50,16 @@ def rows(setting: Setting, seconds: Sequence[float] | None) -> list[dict[str, An
     jobs += [(n, long, setting.batch) for n in backends if n != "chunked" or len(backends) == 1]
     if has_peer(setting):
         jobs.append((PEER, long, setting.batch))
-    table = [_row(setting, *job) for job in jobs if setting.wants(job[0])]
-    for row in table:
+    table: list[dict[str, Any]] = []
+    for job in jobs:
+        if not setting.wants(job[0]):
+            continue
+        table.append(row := _row(setting, *job))
         # Examples of different lengths compare by the seconds of music a second.
         slow = table[0].get("music") if table[0]["backend"] == "sequential" else None
         if slow and row.get("music"):
             row["speed-up"] = row["music"] / slow
+        note(table)
     return table
 
 

@@ -177,10 +177,13 @@ class MaskEstimator(nn.Module):
         *hidden, outputs = list(zip(*perceptrons, strict=True))  # layer by layer, all bands
         for layers in hidden[::2]:  # Linear, Tanh, Linear, Tanh ...
             x = torch.tanh(grouped_linear(x, layers))  # b t k 4d
+        runs = equal_runs(self.sizes)
+        # One split: the gradient of a slice would be as large as x, for every slice.
+        parts = x.split([count for _, count, _ in runs], dim=2)
         masks = []
-        for first, count, _ in equal_runs(self.sizes):
-            bands = slice(first, first + count)
-            masks.append(F.glu(grouped_linear(x[:, :, bands], outputs[bands]), dim=-1).flatten(2))
+        for (first, count, _), part in zip(runs, parts, strict=True):
+            gated = F.glu(grouped_linear(part, outputs[first : first + count]), dim=-1)
+            masks.append(gated.flatten(2))
         return torch.cat(masks, dim=-1)
 
 

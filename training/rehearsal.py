@@ -56,8 +56,8 @@ def dry_run(trainer: Trainer) -> int:
         with trainer.reporting(files=False):
             scores = trainer.validate(None)
             validate_seconds = time.monotonic() - started
-            trainer.save()
-        main = trainer.world.is_main
+            if main := trainer.world.is_main:
+                trainer.save()
         size = trainer.folder.last.stat().st_size / GIB if main else 0.0
     free = shutil.disk_usage(root).free / GIB
     peak = _peak_gib(trainer)

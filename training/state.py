@@ -52,14 +52,18 @@ class Position:
     def from_checkpoint(cls, training: Mapping[str, Any]) -> Position:
         """The position that a checkpoint holds; what older ones lack is as at the start."""
         names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: training[name] for name in names if name in training})
+        values = {name: training[name] for name in names if name in training}
+        return cls(**values | {"skipped": int(values.get("skipped", 0))})
 
 
 def training_state(trainer: Trainer) -> dict[str, Any]:
-    """What a checkpoint holds besides the weights that ship, for `resume`."""
+    """What a checkpoint holds besides the weights that ship, for `resume`.
+
+    Counts that live on the device stay tensors: reading one would wait for the step.
+    """
     state: dict[str, Any] = {
         **trainer.position.as_dict(),
-        "skipped": trainer.skipped,
+        "skipped": trainer.position.skipped + trainer.guard.total,
         "seconds": trainer.seconds,
         "weights": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),

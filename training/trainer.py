@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +172,10 @@ class Trainer:
             logbook.advance()
         finished = self.progress >= 1
         validates = finished or self.step % settings.validate_every == 0
+        saves = finished or stops or self.step % settings.checkpoint_every == 0
+        saves = saves and self.world.is_main
+        # Queued while a GPU is at work on the step, which a row waits for.
+        taken = self._snapshot() if saves and not validates else None
         if validates or stops or self.step % settings.log_every == 0:
             row = self.row()
             if validates:
@@ -179,8 +183,8 @@ class Trainer:
             if logbook is not None:
                 logbook.write(row)
             self.row_watch = Stopwatch()
-        if finished or stops or self.step % settings.checkpoint_every == 0:
-            self.save()
+        if saves:
+            self.save(taken)
         self.writer.check()
         if self.guard.in_row() >= settings.max_bad_steps:
             self._stop_at_bad_step()
@@ -342,10 +346,19 @@ class Trainer:
         config = self.config.model
         self.writer.submit(lambda: self.folder.save_best(config, weights, step, usdr))
 
-    def save(self) -> None:
-        """Write, in the background, a checkpoint that `--resume` goes on from."""
-        if not self.world.is_main:
-            return
-        weights, training = snapshot((self.weights(), training_state(self)))
+    def save(self, taken: tuple[Any, Any] | None = None) -> None:
+        """Write, in the background, a checkpoint that `--resume` goes on from; rank 0's task.
+
+        taken: what `_snapshot` gave for this step; None takes it now.
+        """
+        weights, training = taken or self._snapshot()
         config, step = self.config.model, self.step
-        self.writer.submit(lambda: self.folder.save_last(config, weights, training, step))
+
+        def write() -> None:
+            training["skipped"] = int(training["skipped"])  # waits for the step, in this thread
+            self.folder.save_last(config, weights, training, step)
+
+        self.writer.submit(write)
+
+    def _snapshot(self) -> tuple[Any, Any]:
+        return snapshot((self.weights(), training_state(self)))

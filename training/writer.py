@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from models.errors import InputError
 
 
+@torch.no_grad()
 def snapshot(state: Any) -> Any:
-    """A copy of nested containers whose tensors no later step changes, each on its device."""
-    return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, state)
+    """A copy of nested containers whose tensors no later step changes, each on its device.
+
+    Nothing waits for the device: the copies are queued behind the steps before.
+    """
+    leaves, structure = tree_flatten(state)
+    copies = [torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    pairs = defaultdict(list)
+    for copy, leaf in zip(copies, leaves, strict=True):
+        if isinstance(leaf, Tensor):
+            pairs[leaf.device, leaf.dtype].append((copy, leaf.detach()))
+    for alike in pairs.values():  # thousands of small tensors, in a few launches
+        targets, sources = zip(*alike, strict=True)
+        torch._foreach_copy_(list(targets), list(sources))
+    return tree_unflatten(copies, structure)
 
 
 def unwritable(error: OSError, what: object) -> InputError:

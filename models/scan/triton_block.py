@@ -2,11 +2,13 @@
 
 Between the passes it keeps the block's input and the scan's output: 2 (d_model + 2 d_inner) bytes a
 token in bfloat16, where the input projection alone is 2 (4 d_inner + 4 n + 2 h). The backward pass
-computes the projection, the convolution and the states again.
+computes the projection, the convolution and the states again. Both passes take a large batch part
+by part, since what they work with is several times what is kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,15 +17,16 @@ from torch import Tensor
 
 from models.scan.triton_mixer import (
     gate_backward,
-    gate_forward,
+    mixer_forward,
     norm_backward,
     norm_forward,
     scan_backward,
-    scan_forward,
 )
-from models.scan.triton_plan import MixerParameters, Plan, make_plan
+from models.scan.triton_plan import MixerParameters, make_plan
 
 EPS = 1e-5
+# Tokens worked on at once: three clips of 8 s. Fewer leave parts of a large GPU idle.
+SLICE_TOKENS = 150_000
 
 
 def mamba2_block(
@@ -57,8 +60,7 @@ def mamba2_block(
     arguments = (x.contiguous(), w_in, w_out, skip, bias, *params.floats())
     if torch.is_grad_enabled():
         return _Block.apply(*arguments, axis, allow_tf32)
-    out, _, _ = _forward(arguments, axis, allow_tf32, keep=False)
-    return out
+    return _forward(arguments, axis, allow_tf32)
 
 
 def _project(x: Tensor, w_in: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,54 +71,81 @@ def _project(x: Tensor, w_in: Tensor) -> tuple[Tensor, Tensor]:
         return normal, F.linear(normal, w_in).unflatten(-1, (2, -1))
 
 
+def _slices(x: Tensor) -> Iterator[slice]:
+    """Parts of the batch that are worked on at once."""
+    clips = max(1, SLICE_TOKENS // x[0, ..., 0].numel())
+    return (slice(start, start + clips) for start in range(0, len(x), clips))
+
+
 def _forward(
-    arguments: tuple[Tensor, ...], axis: str, allow_tf32: bool, keep: bool
-) -> tuple[Tensor, Tensor, Plan]:
-    """The output, the scan's output y, which is overwritten unless it is to be kept, and the plan.
+    arguments: tuple[Tensor, ...], axis: str, allow_tf32: bool, y: Tensor | None = None
+) -> Tensor:
+    """The output; y receives the scan's output, which the backward pass needs.
 
     The projection is dropped here; a block with memory to spare could keep it for its backward
     pass, which then starts after `_project`.
     """
     x, w_in, w_out, skip, bias, *tensors = arguments
     params = MixerParameters(*tensors)
-    _, proj = _project(x, w_in)
-    plan = make_plan(proj, params, axis, allow_tf32, None)
-    y = scan_forward(proj, params, plan)
-    normal = gate_forward(proj, y, torch.empty_like(y) if keep else y, EPS)
-    del proj
     with torch.autocast(x.device.type, enabled=False):
         out = x + bias  # b t k d
-        rows = out.flatten(0, 2)
-        rows.addmm_(x.flatten(0, 2), skip)
-        rows.addmm_(normal.view(len(rows), -1), w_out)
-    return out, y, plan
+        for part in _slices(x):
+            _, proj = _project(x[part], w_in)
+            plan = make_plan(proj, params, axis, allow_tf32, None)
+            normal = mixer_forward(proj, params, plan, EPS, None if y is None else y[part])
+            del proj
+            rows = out[part].flatten(0, 2)  # a view
+            rows.addmm_(x[part].flatten(0, 2), skip)
+            rows.addmm_(normal.view(len(rows), -1), w_out)
+    return out
 
 
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *arguments, axis, allow_tf32 = args
-        out, y, ctx.plan = _forward(tuple(arguments), axis, allow_tf32, keep=True)
+        *arguments, ctx.axis, ctx.allow_tf32 = args
+        x, _, w_out = arguments[:3]
+        y = x.new_empty(*x.shape[:-1], 2, len(w_out) // 2)
+        out = _forward(tuple(arguments), ctx.axis, ctx.allow_tf32, y)
         ctx.save_for_backward(*arguments, y)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, w_in, w_out, skip, _, *tensors, y = ctx.saved_tensors
-        normal, proj = _project(x, w_in)
-        dproj = torch.empty_like(proj)
-        rows = dout.to(x.dtype).contiguous().view(-1, x.shape[-1])  # btk d
-        flat = x.view_as(rows)
-        dmixed = (rows @ w_out.T).view_as(y)  # b t k 2 i; its gradient once the gate is passed
-        mixed = gate_backward(proj, y, dmixed, dproj, EPS)
-        dw_out = mixed.view(len(rows), -1).T @ rows
-        del mixed
-        grads = scan_backward(dmixed, proj, MixerParameters(*tensors), dproj, ctx.plan)
-        del proj, dmixed
-        drows = dproj.view(len(rows), -1)  # btk 2w
-        dw_in = drows.T @ normal.view_as(rows)
-        dx = torch.addmm(rows, rows, skip.T)
-        norm_backward(flat, drows @ w_in, dx, EPS)
-        dskip, dbias = flat.T @ rows, rows.sum(dim=0)
-        return dx.view_as(x), dw_in, dw_out, dskip, dbias, *grads, None, None
+        x, *arguments, y = ctx.saved_tensors
+        dout = dout.to(x.dtype).contiguous()
+        dx = torch.empty_like(x)
+        totals: list[Tensor] = []
+        for part in _slices(x):
+            gradients = _backward(ctx, dout[part], x[part], arguments, y[part], dx[part])
+            # In float32: a sum of bfloat16 numbers would lose more with every part.
+            floats = [gradient.float() for gradient in gradients]
+            totals = [a + b for a, b in zip(totals, floats, strict=True)] if totals else floats
+        weights = [total.to(x.dtype) for total in totals[:4]]
+        return dx, *weights, *totals[4:], None, None
+
+
+def _backward(
+    ctx: Any, dout: Tensor, x: Tensor, arguments: list[Tensor], y: Tensor, dx: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of a part: that of x into dx; those of all other arguments are returned."""
+    w_in, w_out, skip, _, *tensors = arguments
+    params = MixerParameters(*tensors)
+    normal, proj = _project(x, w_in)
+    plan = make_plan(proj, params, ctx.axis, ctx.allow_tf32, None)
+    dproj = torch.empty_like(proj)
+    rows = dout.view(-1, x.shape[-1])  # btk d
+    flat, dflat = x.view_as(rows), dx.view_as(rows)
+    dmixed = (rows @ w_out.T).view_as(y)  # b t k 2 i; its gradient once the gate is passed
+    mixed = gate_backward(proj, y, dmixed, dproj, EPS)
+    dw_out = mixed.view(len(rows), -1).T @ rows
+    del mixed
+    grads = scan_backward(dmixed, proj, params, dproj, plan)
+    del proj, dmixed
+    drows = dproj.view(len(rows), -1)  # btk 2w
+    dw_in = drows.T @ normal.view_as(rows)
+    torch.addmm(rows, rows, skip.T, out=dflat)
+    norm_backward(flat, drows @ w_in, dflat, EPS)
+    dskip, dbias = flat.T @ rows, rows.sum(dim=0)
+    return dw_in, dw_out, dskip, dbias, *grads

@@ -7,19 +7,18 @@
 (the state-space dual form of Mamba-2, arXiv 2405.21060, section 6). The gate follows in
 `triton_rows`. Decays are kept as base-2 logarithms, which is what the hardware raises.
 
-Tile: Q steps of one sequence and direction. `chunk_forward` forms C B^T once and loops over the
-heads, so a sequence of at most Q steps is a single program and has no state. Longer ones first run
-`state_forward`, one program per head, which sweeps the chunks with S in registers.
+Tile: Q steps of one sequence and direction. A sequence of at most Q steps has no state:
+`chunk_forward` forms its C B^T once and loops over the heads. A longer one is swept, one program
+per head, with S in registers: by `sweep_forward` for y, by `state_forward` for the states that the
+backward pass reads.
 A *row* is a (token, direction) pair: everything is addressed by row, and the backward direction
 walks its rows from the end, so nothing is flipped or permuted.
 
 Memory per row, in elements (paper: d_inner 1024, n 128, Q 64):
     conv_forward    reads d_inner + 2 n          writes d_inner + 2 n
+    chunk_forward   reads d_inner + 2 n          writes d_inner
+    sweep_forward   reads d_inner + 2 n          writes d_inner
     state_forward   reads d_inner + n            writes d_inner n / Q
-    chunk_forward   reads d_inner + 2 n, d_inner n / Q where there is a state
-                    writes d_inner
-SiLU and the gate stay outside the heads' loop: what a product reads then goes from memory to shared
-memory as it is, and registers hold little beside accumulators. Occupancy is what these loops lack.
 """
 
 from __future__ import annotations
@@ -105,28 +104,50 @@ def conv_forward(
     proj_ptr, weight_ptr, bias_ptr, xbc_ptr,
     inner, outer_stride, inner_stride, step, length, chunks,
     W: tl.constexpr, D_INNER: tl.constexpr, D_XBC: tl.constexpr, D_CONV: tl.constexpr,
-    Q: tl.constexpr, BLOCK_C: tl.constexpr,
+    Q: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """x, B, C [row, d_xbc]: the causal depthwise convolution of xBC and its SiLU."""
+    """x, B, C [row, d_xbc]: the causal depthwise convolution of xBC and its SiLU.
+
+    A program walks Q steps, and each element read goes at once into the four sums it is part of.
+    """
     pid = tl.program_id(0).to(tl.int64)
     blocks = (D_XBC + BLOCK_C - 1) // BLOCK_C
     channel = (pid % blocks).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
     group, chunk = pid // blocks // chunks, pid // blocks % chunks
-    first, row = locate(group, chunk, inner, outer_stride, inner_stride, step, length, Q)
-    stride = ((1 - 2 * (group % 2)) * 2 * step).to(tl.int32)
-    pos = chunk * Q + tl.arange(0, Q)
+    first, _ = locate(group, 0, inner, outer_stride, inner_stride, step, length, 1)
+    stride = (1 - 2 * (group % 2)) * 2 * step
     valid = channel < D_XBC
-    raw_ptr = proj_ptr + first * W + D_INNER
-    out = tl.load(bias_ptr + group % 2 * D_XBC + channel, mask=valid, other=0.0)[None, :]
-    for tap in tl.static_range(D_CONV):
-        back = D_CONV - 1 - tap
-        taps = weight_ptr + (group % 2 * D_CONV + tap) * D_XBC
-        w = tl.load(taps + channel, mask=valid, other=0.0)
-        inside = (pos >= back) & (pos < length)
-        raw = load_tile(raw_ptr, (row - back * stride) * W, channel, inside, valid)
-        out += raw.to(tl.float32) * w[None, :]
-    out *= tl.sigmoid(out)
-    store_tile(xbc_ptr + first * D_XBC, row * D_XBC, channel, out, pos < length, valid)
+    raw_ptr = proj_ptr + first * W + D_INNER + channel
+    out_ptr = xbc_ptr + first * D_XBC + channel
+    taps = weight_ptr + (group % 2 * D_CONV + D_CONV - 1) * D_XBC + channel
+    w0 = tl.load(taps, mask=valid, other=0.0)
+    w1 = tl.load(taps - D_XBC, mask=valid, other=0.0)
+    w2 = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    w3 = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    if D_CONV > 2:
+        w2 = tl.load(taps - 2 * D_XBC, mask=valid, other=0.0)
+    if D_CONV > 3:
+        w3 = tl.load(taps - 3 * D_XBC, mask=valid, other=0.0)
+    bias = tl.load(bias_ptr + group % 2 * D_XBC + channel, mask=valid, other=0.0)
+    # What the steps before this piece give its first three.
+    pre1, pre2, pre3 = bias, bias, bias
+    start = chunk * Q
+    for back in tl.static_range(1, D_CONV):
+        reached = channel < tl.where(start >= back, D_XBC, 0)
+        at = raw_ptr + (start - back) * stride * W
+        raw = tl.load(at, mask=reached, other=0.0).to(tl.float32)
+        if back == 1:
+            pre1, pre2, pre3 = pre1 + w1 * raw, pre2 + w2 * raw, pre3 + w3 * raw
+        elif back == 2:
+            pre1, pre2 = pre1 + w2 * raw, pre2 + w3 * raw
+        else:
+            pre1 += w3 * raw
+    for i in tl.range(start, tl.minimum(start + Q, length), num_stages=STAGES):
+        raw = tl.load(raw_ptr + i * stride * W, mask=valid, other=0.0).to(tl.float32)
+        pre = pre1 + w0 * raw
+        pre1, pre2, pre3 = pre2 + w1 * raw, pre3 + w2 * raw, bias + w3 * raw
+        out = (pre * tl.sigmoid(pre)).to(xbc_ptr.dtype.element_ty)
+        tl.store(out_ptr + i * stride * D_XBC, out, mask=valid)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -161,37 +182,66 @@ def state_forward(
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def chunk_forward(
-    xbc_ptr, skip_ptr, dt_ptr, decay_ptr, state_ptr, y_ptr,
+def sweep_forward(
+    xbc_ptr, skip_ptr, dt_ptr, decay_ptr, y_ptr,
     inner, outer_stride, inner_stride, step, length, chunks,
     D_INNER: tl.constexpr, D_XBC: tl.constexpr, H: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
     Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_STATE: tl.constexpr,
 ):
-    """y [row, d_inner] of all heads of one chunk."""
+    """y [row, d_inner] of one head of a sequence, chunk by chunk with S in registers."""
     pid = tl.program_id(0).to(tl.int64)
-    group, chunk = pid // chunks, pid % chunks
-    first, row = locate(group, chunk, inner, outer_stride, inner_stride, step, length, Q)
+    group, tile = pid // (H * SPLITS), (pid % (H * SPLITS)).to(tl.int32)
     q, n, p = tl.arange(0, Q), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
-    xbc, inside = xbc_ptr + first * D_XBC, chunk * Q + q < length
+    head, lane = tile // SPLITS, tile % SPLITS * BLOCK_P + p
+    dtype = xbc_ptr.dtype.element_ty
+    skip = tl.load(skip_ptr + group % 2 * H + head)
+    state = tl.zeros((BLOCK_N, BLOCK_P), dtype=tl.float32)
+    for chunk in range(chunks):
+        first, row = locate(group, chunk, inner, outer_stride, inner_stride, step, length, Q)
+        xbc, inside = xbc_ptr + first * D_XBC, chunk * Q + q < length
+        b = load_tile(xbc + D_INNER, row * D_XBC, n, inside, n < N)
+        c = load_tile(xbc + D_INNER + N, row * D_XBC, n, inside, n < N)
+        x = load_tile(xbc + head * P, row * D_XBC, lane, inside, lane < P)
+        steps = ((group * H + head) * chunks + chunk) * Q
+        dt, a = tl.load(dt_ptr + steps + q), tl.load(decay_ptr + steps + q)
+        a_end = tl.load(decay_ptr + steps + Q - 1)
+        own, cb = triangle(tl.dot(c, tl.trans(b), input_precision=PRECISION), Q)     # q k
+        mix = (cb * decay_matrix(a) * dt[None, :]).to(dtype)                         # q k
+        # A step reads itself undecayed: in float32, together with D.
+        y = tl.exp2(a)[:, None] * tl.dot(c, state.to(dtype), input_precision=PRECISION)
+        y += (skip + own * dt)[:, None] * x.to(tl.float32)
+        y = tl.dot(mix, x, y, input_precision=PRECISION)                             # q p
+        store_tile(y_ptr + first * D_INNER + head * P, row * D_INNER, lane, y, inside, lane < P)
+        weighted = (x.to(tl.float32) * (dt * tl.exp2(a_end - a))[:, None]).to(dtype) # q p
+        state *= tl.exp2(a_end)
+        state = tl.dot(tl.trans(b), weighted, state, input_precision=PRECISION)      # n p
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def chunk_forward(
+    xbc_ptr, skip_ptr, dt_ptr, decay_ptr, y_ptr,
+    inner, outer_stride, inner_stride, step, length, chunks,
+    D_INNER: tl.constexpr, D_XBC: tl.constexpr, H: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
+    Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """y [row, d_inner] of all heads of a sequence that is one chunk."""
+    group = tl.program_id(0).to(tl.int64)
+    first, row = locate(group, 0, inner, outer_stride, inner_stride, step, length, Q)
+    q, n, p = tl.arange(0, Q), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
+    xbc, inside = xbc_ptr + first * D_XBC, q < length
     dtype = xbc_ptr.dtype.element_ty
     b = load_tile(xbc + D_INNER, row * D_XBC, n, inside, n < N)
     c = load_tile(xbc + D_INNER + N, row * D_XBC, n, inside, n < N)
     own, cb = triangle(tl.dot(c, tl.trans(b), input_precision=PRECISION), Q)         # q k
-    slot = (group * (chunks - 1) + chunk - 1) * H * SPLITS
     for tile in range(H * SPLITS):
         head, lane = tile // SPLITS, tile % SPLITS * BLOCK_P + p
-        steps = ((group * H + head) * chunks + chunk) * Q
+        steps = (group * H + head) * Q
         dt, a = tl.load(dt_ptr + steps + q), tl.load(decay_ptr + steps + q)
         x = load_tile(xbc + head * P, row * D_XBC, lane, inside, lane < P)
         mix = (cb * decay_matrix(a) * dt[None, :]).to(dtype)                         # q k
         # A step reads itself undecayed: in float32, together with D.
         y = (tl.load(skip_ptr + group % 2 * H + head) + own * dt)[:, None] * x.to(tl.float32)
         y = tl.dot(mix, x, y, input_precision=PRECISION)                             # q p
-        if HAS_STATE:
-            at = state_ptr + (slot + tile) * BLOCK_N * BLOCK_P
-            entering = n < tl.where(chunk > 0, BLOCK_N, 0)
-            state = load_tile(at, n * BLOCK_P, p, entering, p < BLOCK_P)
-            y += tl.exp2(a)[:, None] * tl.dot(c, state, input_precision=PRECISION)
         store_tile(y_ptr + first * D_INNER + head * P, row * D_INNER, lane, y, inside, lane < P)

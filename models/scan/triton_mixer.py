@@ -1,9 +1,9 @@
 """Both directions of a Mamba-2 block between its two projections, on Triton.
 
-`scan_forward` and `gate_forward` take the input projection to the output projection's input;
-`gate_backward` and `scan_backward` take its gradient back. Between them only the scan's output y is
-kept, beside the projection that the caller keeps or computes again. `mixer_core` is all of it as
-one differentiable function of the projection.
+`mixer_forward` takes the input projection to the output projection's input; `gate_backward` and
+`scan_backward` take its gradient back. Between them only the scan's output y is kept, beside the
+projection that the caller keeps or computes again. `mixer_core` is all of it as one differentiable
+function of the projection.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from models.scan import triton_forward as forward_kernels
 from models.scan import triton_rows as row_kernels
 from models.scan.triton_plan import SCAN_SIZES, KernelConfig, MixerParameters, Plan, make_plan
 
-# Steps and channels of a tile of the forward convolution.
-CONV_TILE = (16, 64)
-# Channels of the backward one, which walks step by step, and how many loads run ahead.
+# Steps and channels that a program of the forward convolution walks, and how many loads run ahead.
+CONV_PIECE, CONV_CHANNELS, CONV_AHEAD = 128, 512, 4
+# Channels of the backward one, which walks whole sequences.
 CONV_WALK, CONV_STAGES = 512, 4
 # Partial sums of the convolution's gradient: enough programs to fill a GPU, few enough to add up.
 CONV_PARTS = 512
@@ -30,12 +30,11 @@ ROW_TILE = 1024
 
 
 class _Scan(NamedTuple):
-    """What the kernels after the first ones read; `states` is empty for a single chunk."""
+    """What the kernels after the first ones read."""
 
     xbc: Tensor  # b t k 2 (d_inner + 2 n): x, B, C after convolution and SiLU
     dt: Tensor  # s 2 h l, padded to whole chunks
     decay: Tensor  # s 2 h l, base 2
-    states: Tensor  # s 2 (chunks - 1) tiles n p
 
 
 def _float_empty(like: Tensor, *shape: int) -> Tensor:
@@ -43,16 +42,15 @@ def _float_empty(like: Tensor, *shape: int) -> Tensor:
 
 
 def _prepare(proj: Tensor, params: MixerParameters, plan: Plan) -> _Scan:
-    """The convolution, dt and its cumulative decay, and the state that each chunk starts from."""
-    steps, channels = CONV_TILE
+    """The convolution, and dt with its cumulative decay."""
     xbc = proj.new_empty(*proj.shape[:-1], plan.d_xbc)
-    pieces = triton.cdiv(plan.length, steps)
-    blocks = triton.cdiv(plan.d_xbc, channels)
+    pieces = triton.cdiv(plan.length, CONV_PIECE)
+    blocks = triton.cdiv(plan.d_xbc, CONV_CHANNELS)
     forward_kernels.conv_forward[(plan.sequences * 2 * pieces * blocks,)](
         *(proj, params.conv_weight, params.conv_bias, xbc),
         *(*plan.geometry[:-1], pieces),
         **plan.sizes("W", "D_INNER", "D_XBC", "D_CONV"),
-        **{"Q": steps, "BLOCK_C": channels},
+        **{"Q": CONV_PIECE, "BLOCK_C": CONV_CHANNELS, "STAGES": CONV_AHEAD},
     )
     dt = _float_empty(proj, plan.sequences, 2, plan.nheads, plan.chunks * plan.config.chunk)
     decay = torch.empty_like(dt)
@@ -61,30 +59,45 @@ def _prepare(proj: Tensor, params: MixerParameters, plan: Plan) -> _Scan:
         *plan.geometry,
         **plan.sizes("W", "H", "Q", "BLOCK_H"),
     )
+    return _Scan(xbc, dt, decay)
+
+
+def _states(scan: _Scan, plan: Plan) -> Tensor:
+    """The state that each chunk but the first starts from `[s 2 (chunks - 1) tiles, n, p]`."""
     slots = plan.sequences * 2 * (plan.chunks - 1) * plan.tiles
-    states = proj.new_empty(slots, plan.block_n, plan.block_p)
+    states = scan.xbc.new_empty(slots, plan.block_n, plan.block_p)
     if plan.several:
         forward_kernels.state_forward[(plan.sequences * 2 * plan.tiles,)](
-            *(xbc, dt, decay, states),
+            *(*scan, states),
             *plan.geometry,
             **plan.sizes(*SCAN_SIZES),
             **plan.config.state_forward.options(),
         )
-    return _Scan(xbc, dt, decay, states)
+    return states
 
 
-def scan_forward(proj: Tensor, params: MixerParameters, plan: Plan) -> Tensor:
-    """y `[b, t, k, 2, d_inner]`, D x included, before the gate."""
+def mixer_forward(
+    proj: Tensor, params: MixerParameters, plan: Plan, eps: float, y: Tensor | None = None
+) -> Tensor:
+    """The output projection's input `[b, t, k, 2, d_inner]`.
+
+    y: receives the scan's output, D x included, before the gate; the same shape.
+    """
     with torch.cuda.device_of(proj):
         scan = _prepare(proj, params, plan)
-        y = proj.new_empty(*proj.shape[:-1], plan.d_inner)
-        forward_kernels.chunk_forward[(plan.programs,)](
-            *(scan.xbc, params.D, scan.dt, scan.decay, scan.states, y),
+        normal = proj.new_empty(*proj.shape[:-1], plan.d_inner)
+        y = normal if y is None else y
+        kernel, programs, launch = forward_kernels.chunk_forward, plan.programs, "chunk_forward"
+        if plan.several:
+            kernel, programs = forward_kernels.sweep_forward, plan.sequences * 2 * plan.tiles
+            launch = "sweep_forward"
+        kernel[(programs,)](
+            *(scan.xbc, params.D, scan.dt, scan.decay, y),
             *plan.geometry,
-            **plan.sizes(*SCAN_SIZES, "HAS_STATE"),
-            **plan.config.chunk_forward.options(),
+            **plan.sizes(*SCAN_SIZES),
+            **getattr(plan.config, launch).options(),
         )
-    return y
+        return _gate_forward(proj, y, normal, eps)
 
 
 def scan_backward(
@@ -93,9 +106,10 @@ def scan_backward(
     """Write the gradients of xBC and dt into dproj; return those of the parameters."""
     with torch.cuda.device_of(proj):
         scan = _prepare(proj, params, plan)
+        states = _states(scan, plan)
         shape = (plan.sequences, 2, plan.tiles, plan.chunks * plan.config.chunk)
         query, key, pair = _float_empty(proj, 3, *shape)
-        read, written, kept, dbc = _state_backward(scan, dy, dproj, plan, shape)
+        read, written, kept, dbc = _state_backward(scan, states, dy, dproj, plan, shape)
         own = _float_empty(proj, plan.programs, plan.config.chunk)
         backward_kernels.chunk_backward[(plan.programs,)](
             *(scan.xbc, params.D, scan.dt, scan.decay, dy, dbc),
@@ -116,13 +130,13 @@ def scan_backward(
 
 
 def _state_backward(
-    scan: _Scan, dy: Tensor, dproj: Tensor, plan: Plan, shape: tuple[int, ...]
+    scan: _Scan, states: Tensor, dy: Tensor, dproj: Tensor, plan: Plan, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The terms that pass through the states: `read`, `written`, `kept`, and those of B and C.
 
     That of x goes into dproj. The states' gradients replace the states.
     """
-    xbc, dt, decay, states = scan
+    xbc, dt, decay = scan
     several = int(plan.several)
     read, written = _float_empty(xbc, 2, several * shape[0], *shape[1:])
     kept = _float_empty(xbc, states.shape[0])
@@ -176,14 +190,13 @@ def _row_grid(rows: int, width: int) -> tuple[int]:
     return (triton.cdiv(rows, _row_sizes(width)["R"]),)
 
 
-def gate_forward(proj: Tensor, y: Tensor, out: Tensor, eps: float) -> Tensor:
+def _gate_forward(proj: Tensor, y: Tensor, out: Tensor, eps: float) -> Tensor:
     """Write y silu(z) over its root mean square into out, which may be y; return out."""
     width = y.shape[-1]
     rows = y.numel() // width
-    with torch.cuda.device_of(y):
-        row_kernels.gate_forward[_row_grid(rows, width)](
-            *(proj, y, out, rows, eps), W=proj.shape[-1], **_row_sizes(width)
-        )
+    row_kernels.gate_forward[_row_grid(rows, width)](
+        *(proj, y, out, rows, eps), W=proj.shape[-1], **_row_sizes(width)
+    )
     return out
 
 
@@ -225,9 +238,9 @@ class _MixerCore(torch.autograd.Function):
         *tensors, axis, eps, allow_tf32, config = args
         params = MixerParameters(*tensors)
         ctx.plan, ctx.eps = make_plan(proj, params, axis, allow_tf32, config), eps
-        y = scan_forward(proj, params, ctx.plan)
+        y = proj.new_empty(*proj.shape[:-1], ctx.plan.d_inner)
         ctx.save_for_backward(proj, *params, y)
-        return gate_forward(proj, y, torch.empty_like(y), eps)
+        return mixer_forward(proj, params, ctx.plan, eps, y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

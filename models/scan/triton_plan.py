@@ -34,6 +34,7 @@ class KernelConfig:
     # Measured on an H100: the third stage is worth more than a third program an SM.
     state_forward: Launch = Launch(4, 3)
     chunk_forward: Launch = Launch(4, 3)
+    sweep_forward: Launch = Launch(4, 1)  # a stage of prefetch costs the second program an SM
     state_query: Launch = Launch(4, 3)
     state_backward: Launch = Launch(4, 3)
     state_key: Launch = Launch(4, 3)
@@ -49,7 +50,7 @@ class KernelConfig:
         if not wide:
             return KernelConfig(chunk)
         # With one stage, ptxas keeps chunk_forward's tiles in local memory.
-        return KernelConfig(chunk, 64, Launch(8, 1), Launch(8, 2), *[Launch(8, 1)] * 4)
+        return KernelConfig(chunk, 64, Launch(8, 1), Launch(8, 2), *[Launch(8, 1)] * 5)
 
 
 class MixerParameters(NamedTuple):

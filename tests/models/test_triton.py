@@ -19,6 +19,7 @@ if not CUDA:
 pytest.importorskip("triton", reason="triton is not installed")
 
 from models.mamba2 import Mamba2Block  # noqa: E402
+from models.scan import triton_block, triton_mixer  # noqa: E402
 from models.scan.sequential import sequential_scan  # noqa: E402
 from models.scan.triton_mixer import mixer_core  # noqa: E402
 from models.scan.triton_plan import KernelConfig, Launch, MixerParameters  # noqa: E402
@@ -29,7 +30,7 @@ NAMES = ("out", "proj", *MixerParameters._fields)
 
 
 def small(chunk: int = 16, headdim_tile: int = 64) -> KernelConfig:
-    return KernelConfig(chunk, headdim_tile, *[Launch(4, 1)] * 6)
+    return KernelConfig(chunk, headdim_tile, *[Launch(4, 1)] * 7)
 
 
 def draw(
@@ -212,6 +213,19 @@ def test_block_with_silent_frames(axis: int) -> None:
     x[:, 3:6] = 0
     x[:, :, 2] = 0
     assert_block_close(x, axis)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_block_that_takes_a_batch_part_by_part(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_block, "SLICE_TOKENS", 30)  # two clips at once, then one
+    x = torch.randn(3, 5, 3, 24, generator=torch.Generator().manual_seed(9))
+    assert_block_close(x, axis)
+
+
+@pytest.mark.usefixtures("poison")
+def test_convolution_across_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_mixer, "CONV_PIECE", 2)  # fewer than the taps reach back
+    assert_close(draw((1, 9, 2), 2, 16, 16, 4), "time", small())
 
 
 def test_block_of_one_sequence_with_short_convolution() -> None:
