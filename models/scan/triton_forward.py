@@ -4,7 +4,8 @@
     a_q     = A (dt_1 + ... + dt_q)      the log-decay since the start of the chunk
     y_q     = sum_{k <= q} (C_q . B_k) exp(a_q - a_k) dt_k x_k  +  exp(a_q) C_q S  +  D x_q
     S'      = exp(a_Q) S + sum_k exp(a_Q - a_k) dt_k B_k x_k^T                       (next chunk)
-(the state-space dual form of Mamba-2, arXiv 2405.21060, section 6). The gate follows in
+    out     = x + x skip + bias + n w                        n: y after its gate and norm
+(the state-space dual form of Mamba-2, arXiv 2405.21060, section 6). The gate is in
 `triton_rows`. Decays are kept as base-2 logarithms, which is what the hardware raises.
 
 Tile: Q steps of one sequence and direction. A sequence of at most Q steps has no state:
@@ -19,6 +20,7 @@ Memory per row, in elements (paper: d_inner 1024, n 128, Q 64):
     chunk_forward   reads d_inner + 2 n          writes d_inner
     sweep_forward   reads d_inner + 2 n          writes d_inner
     state_forward   reads d_inner + n            writes d_inner n / Q
+    output_forward  reads d_inner + d_model / 2  writes d_model / 2
 """
 
 from __future__ import annotations
@@ -245,3 +247,33 @@ def chunk_forward(
         y = (tl.load(skip_ptr + group % 2 * H + head) + own * dt)[:, None] * x.to(tl.float32)
         y = tl.dot(mix, x, y, input_precision=PRECISION)                             # q p
         store_tile(y_ptr + first * D_INNER + head * P, row * D_INNER, lane, y, inside, lane < P)
+
+
+@triton.jit(do_not_specialize=("tokens",))
+def output_forward(
+    x_ptr, n_ptr, w_ptr, skip_ptr, bias_ptr, out_ptr, tokens,
+    D_MODEL: tl.constexpr, D_MIXED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
+):
+    """out = x + bias + x skip + n w for a tile of tokens; n [token, d_mixed] of both directions.
+
+    One accumulator in float32 for all of it: x is rounded once instead of three times.
+    """
+    start = tl.program_id(0).to(tl.int64) * BLOCK_T
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    token, i = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_I)
+    inside, valid = start + token < tokens, columns < D_MODEL
+    acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    n = n_ptr + start * D_MIXED
+    for k in range(0, D_MIXED, BLOCK_I):
+        left = load_tile(n, token * D_MIXED, k + i, inside, k + i < D_MIXED)
+        right = load_tile(w_ptr, (k + i) * D_MODEL, columns, k + i < D_MIXED, valid)
+        acc = tl.dot(left, right, acc)
+    x = x_ptr + start * D_MODEL
+    for k in range(0, D_MODEL, BLOCK_I):
+        left = load_tile(x, token * D_MODEL, k + i, inside, k + i < D_MODEL)
+        right = load_tile(skip_ptr, (k + i) * D_MODEL, columns, k + i < D_MODEL, valid)
+        acc = tl.dot(left, right, acc)
+    acc += load_tile(x, token * D_MODEL, columns, inside, valid).to(tl.float32)
+    acc += tl.load(bias_ptr + columns, mask=valid, other=0.0).to(tl.float32)[None, :]
+    store_tile(out_ptr + start * D_MODEL, token * D_MODEL, columns, acc, inside, valid)

@@ -1,9 +1,9 @@
-"""Both directions of a Mamba-2 block between its two projections, on Triton.
+"""Both directions of a Mamba-2 block after its input projection, on Triton.
 
-`mixer_forward` takes the input projection to the output projection's input; `gate_backward` and
-`scan_backward` take its gradient back. Between them only the scan's output y is kept, beside the
-projection that the caller keeps or computes again. `mixer_core` is all of it as one differentiable
-function of the projection.
+`mixer_forward` takes the input projection to the output projection's input, `output_forward` that
+to the block's output; `gate_backward` and `scan_backward` take the gradient back. Between them only
+the scan's output y is kept, beside the projection that the caller keeps or computes again.
+`mixer_core` is all between the projections as one differentiable function.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from torch import Tensor
 from models.scan import triton_backward as backward_kernels
 from models.scan import triton_forward as forward_kernels
 from models.scan import triton_rows as row_kernels
-from models.scan.triton_plan import SCAN_SIZES, KernelConfig, MixerParameters, Plan, make_plan
+from models.scan.triton_plan import (
+    SCAN_SIZES,
+    KernelConfig,
+    Launch,
+    MixerParameters,
+    Plan,
+    make_plan,
+)
 
 # Steps and channels that a program of the forward convolution walks, and how many loads run ahead.
 CONV_PIECE, CONV_CHANNELS, CONV_AHEAD = 128, 512, 4
@@ -25,6 +32,8 @@ CONV_PIECE, CONV_CHANNELS, CONV_AHEAD = 128, 512, 4
 CONV_WALK, CONV_STAGES = 512, 4
 # Partial sums of the convolution's gradient: enough programs to fill a GPU, few enough to add up.
 CONV_PARTS = 512
+# Tokens of a tile of the output projection, which is as wide as the model, and its inner step.
+OUTPUT_TOKENS, OUTPUT_STEP, OUTPUT_LAUNCH = 128, 64, Launch(8, 4)
 # Elements of a row-wise program.
 ROW_TILE = 1024
 
@@ -98,6 +107,29 @@ def mixer_forward(
             **getattr(plan.config, launch).options(),
         )
         return _gate_forward(proj, y, normal, eps)
+
+
+def output_forward(
+    x: Tensor, normal: Tensor, w_out: Tensor, skip: Tensor, bias: Tensor, out: Tensor
+) -> None:
+    """Write x + x skip + bias + normal w_out into out `[b, t, k, d]`; normal `[b, t, k, 2, i]`."""
+    width, mixed = x.shape[-1], len(w_out)
+    tokens = x.numel() // width
+    if x.dtype == torch.float32:  # no tensor cores: cuBLAS is the faster one
+        rows = out.view(tokens, width)
+        torch.addmm(bias, x.view(tokens, width), skip, out=rows)
+        rows.add_(x.view(tokens, width)).addmm_(normal.view(tokens, mixed), w_out)
+        return
+    block_d = min(256, max(16, triton.next_power_of_2(width)))
+    with torch.cuda.device_of(x):
+        forward_kernels.output_forward[
+            triton.cdiv(tokens, OUTPUT_TOKENS), triton.cdiv(width, block_d)
+        ](
+            *(x, normal, w_out, skip, bias, out, tokens),
+            **{"D_MODEL": width, "D_MIXED": mixed},
+            **{"BLOCK_T": OUTPUT_TOKENS, "BLOCK_D": block_d, "BLOCK_I": OUTPUT_STEP},
+            **OUTPUT_LAUNCH.options(),
+        )
 
 
 def scan_backward(
