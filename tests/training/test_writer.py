@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 import threading
 
 import pytest
@@ -62,3 +63,11 @@ def test_snapshot_keeps_values_and_the_rest() -> None:
     assert copy["a"][1] == 5 and copy["b"]["name"] == "x" and copy["b"]["c"][1] is None
     assert torch.equal(copy["a"][0], torch.zeros(3))
     assert torch.equal(copy["b"]["c"][0], torch.zeros(3))
+
+
+def test_a_job_leaves_python_to_the_training() -> None:
+    before, during = sys.getswitchinterval(), []
+    with BackgroundWriter() as writer:
+        writer.submit(lambda: during.append(sys.getswitchinterval()))
+    assert during[0] < before / 10
+    assert sys.getswitchinterval() == before
