@@ -25,8 +25,9 @@ class _Captured:
 
 
 class GraphedNetwork:
-    """`model` for inference: the first call of a shape and precision records, later ones replay.
+    """`model` for inference: the second call of a shape and precision records, later ones replay.
 
+    A shape seen once, such as a short file, runs as it is: recording takes several times as long.
     The graph reads the weights where they lie, so in-place updates are seen. Calls that need
     gradients, and those on other devices, run the model as it is.
 
@@ -37,6 +38,7 @@ class GraphedNetwork:
     def __init__(self, model: BSMamba2) -> None:
         self.model = model
         self._captured: OrderedDict[tuple[object, ...], _Captured] = OrderedDict()
+        self._seen: set[tuple[object, ...]] = set()
 
     def __call__(self, waveform: Tensor) -> Tensor:
         """Separate `[b, c, t]` -> `[b, n, c, t]`."""
@@ -48,6 +50,9 @@ class GraphedNetwork:
         if spec.device.type != "cuda" or torch.is_grad_enabled():
             return self.model.forward_spectrogram(spec)
         key = (spec.shape, spec.device, compute_dtype(spec.real))
+        if key not in self._seen:
+            self._seen.add(key)
+            return self.model.forward_spectrogram(spec)
         if key not in self._captured:
             self._captured[key] = self._capture(spec)
             if len(self._captured) > MAX_GRAPHS:

@@ -23,8 +23,7 @@ from separation.streaming import SongSeparation
 from separation.threads import ahead, drain
 from separation.writer import Format, Write, open_standard_output, open_writers
 
-BLOCKS_AHEAD = 8  # of 1.5 s: what is decoded while the network works
-CHUNKS_BEHIND = 2  # what is still to be cross-faded and encoded
+BATCHES_AHEAD = 1  # decoded and cut while the network works
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
 
 
@@ -86,9 +85,11 @@ class Batch:
         self._bar.set_description(Path(job.song.source).name, refresh=False)
         with open_audio(job.song.source) as stream:
             song = SongSeparation(self.separator, stream, self.stems, self.downmix)
-            inputs = ahead(song.inputs(), BLOCKS_AHEAD)
+            inputs = ahead(song.inputs(), BATCHES_AHEAD)
+            # A batch is cross-faded and encoded while the network works on the next.
+            behind = self.separator.batch_size + 1
             try:
-                drain(song.network(inputs), self._writing(song, job), CHUNKS_BEHIND)
+                drain(song.network(inputs), self._writing(song, job), behind)
             finally:
                 inputs.close()  # type: ignore[attr-defined]
             seconds = song.frames / stream.rate

@@ -105,15 +105,22 @@ def separate_blocks(
     """
     hop = hop_frames(chunk_frames, overlap)
     chunks = split_chunks(blocks, chunk_frames, hop)
-    return crossfade(separate_chunks(network, chunks, batch_size), chunk_frames, hop)
+    outputs = separate_batches(network, batched(chunks, batch_size))
+    return crossfade(outputs, chunk_frames, hop)
 
 
-def separate_chunks(
-    network: Network, chunks: Iterator[Chunk], batch_size: int = 1
+def batched(chunks: Iterator[Chunk], batch_size: int) -> Iterator[list[Chunk]]:
+    """Chunks as they go through the network together; the first does not wait for others."""
+    sizes = chain([1], repeat(max(1, batch_size)))
+    while batch := list(islice(chunks, next(sizes))):
+        yield batch
+
+
+def separate_batches(
+    network: Network, batches: Iterable[list[Chunk]]
 ) -> Iterator[tuple[Chunk, Tensor]]:
     """Each chunk with the network's output for it [stem, channel, time]."""
-    sizes = chain([1], repeat(max(1, batch_size)))  # the first chunk does not wait for others
-    while batch := list(islice(chunks, next(sizes))):
+    for batch in batches:
         outputs = network(torch.stack([chunk.audio for chunk in batch]))  # b n c t
         yield from zip(batch, outputs, strict=True)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models import BSMamba2, load_checkpoint
@@ -161,9 +162,13 @@ class Separator:
         return torch.cat(outputs)
 
     def _run(self, batch: Tensor) -> Tensor:
+        chunks = len(batch)
+        if self.device.type == "cuda" and 1 < chunks < self._batch_limit[0]:
+            # The end of a song: to record the network for one more shape would take longer.
+            batch = F.pad(batch, (0, 0, 0, 0, 0, self._batch_limit[0] - chunks))
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.uses_bfloat16)
         with torch.inference_mode(), autocast:
-            return self._graphed(batch.to(self.device)).float().cpu()
+            return self._graphed(batch.to(self.device))[:chunks].float().cpu()
 
     def _halve_batch(self, size: int) -> None:
         if self.device.type == "cuda":

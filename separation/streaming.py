@@ -1,7 +1,7 @@
 """One song on its way through a separator, block by block: memory for a few chunks, any length.
 
-    inputs    the song's blocks, checked, at the model's rate and channels
-    network   chunks of them, separated
+    inputs    batches of chunks of the song, checked, at the model's rate and channels
+    network   the chunks, separated
     outputs   stems, cross-faded, at the song's own rate, channels and length
 
 Each stage is a generator over the one before; they may run in threads of their own.
@@ -23,9 +23,10 @@ from separation.audio import check_finite
 from separation.overlap_add import (
     Chunk,
     Progress,
+    batched,
     crossfade,
     hop_frames,
-    separate_chunks,
+    separate_batches,
     split_chunks,
 )
 from separation.reader import AudioStream
@@ -92,7 +93,17 @@ class SongSeparation:
         self._mixture: deque[np.ndarray] = deque()  # read, not yet returned
         self._needs_mixture = INSTRUMENTAL in stems and INSTRUMENTAL not in separator.stem_names
 
-    def inputs(self) -> Iterator[Tensor]:
+    def inputs(self) -> Iterator[list[Chunk]]:
+        """What goes through the network together, at the model's rate."""
+        separator = self.separator
+        if separator.protocol == "paper":  # pads the end of a whole song: one chunk for us
+            whole = torch.cat(list(self._blocks()), dim=-1)
+            yield [Chunk(whole, 0, is_first=True, is_last=True)]
+            return
+        chunks = split_chunks(self._blocks(), separator.chunk_frames, self._hop)
+        yield from batched(chunks, separator.batch_size)
+
+    def _blocks(self) -> Iterator[Tensor]:
         """Blocks [channel, time] at the model's rate, as many as the song has."""
         config = self.separator.model.config
         rate = self.stream.rate
@@ -108,15 +119,13 @@ class SongSeparation:
         if not self.frames:
             raise InputError(f"{self.stream.name}: has 0 samples; nothing to separate")
 
-    def network(self, inputs: Iterable[Tensor]) -> Iterator[tuple[Chunk, Tensor]]:
+    def network(self, inputs: Iterable[list[Chunk]]) -> Iterator[tuple[Chunk, Tensor]]:
         """Chunks and their outputs [stem, channel, time] at the model's rate."""
-        separator = self.separator
-        if separator.protocol == "paper":  # pads the end of a whole song: one chunk for us
-            whole = torch.cat(list(inputs), dim=-1)
-            yield Chunk(whole, 0, is_first=True, is_last=True), separator(whole)
+        if self.separator.protocol == "paper":
+            for (whole,) in inputs:
+                yield whole, self.separator(whole.audio)
             return
-        chunks = split_chunks(inputs, separator.chunk_frames, self._hop)
-        yield from separate_chunks(self._timed, chunks, separator.batch_size)
+        yield from separate_batches(self._timed, inputs)
 
     def outputs(
         self, chunks: Iterable[tuple[Chunk, Tensor]], progress: Progress | None = None
