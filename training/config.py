@@ -132,6 +132,20 @@ class LossSection(Section):
     """Shortest FFT, in samples; shorter windows are zero-padded to it."""
 
 
+class CurriculumSection(Section):
+    """Louder targets at the start, see `training/curriculum.py`; off by default, as in the paper.
+
+    For networks that give some of the stems: where all are targets, the mixture grows as they do.
+    """
+
+    target_gain: Annotated[float, Field(ge=1)] = 1.0
+    """Factor on the targets, beyond data.gain_min and gain_max, at the start; 1 is off."""
+    release_sdr: float = 5.0
+    """SDR of the training's own estimates, in dB, above which the factor falls."""
+    release_rate: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share by which an optimizer step lowers it then; otherwise it rises by half of that."""
+
+
 class TrainingSection(Section):
     """The optimisation, its limits and what it reports."""
 
@@ -158,6 +172,8 @@ class TrainingSection(Section):
     """Largest L2 norm over all parameters of the gradient of one optimizer step."""
     ema_decay: Fraction = 0.999
     """Decay per optimizer step of the averaged weights, which are those that validate."""
+    ema_warmup: bool = False
+    """Start with a short average: the decay of update n is at most n / (10 + n)."""
     save_ema: bool = True
     """Ship the averaged weights; false ships the raw ones, as the authors' checkpoints do."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -208,6 +224,7 @@ class Config(Section):
     model: BSMamba2Config = BSMamba2Config()
     data: DataSection
     loss: LossSection = LossSection()
+    curriculum: CurriculumSection = CurriculumSection()
     training: TrainingSection = TrainingSection()
     run: RunSection
 

@@ -18,17 +18,20 @@ class EMA:
     Args:
         model: the network whose parameters are followed; their number and shapes must not change.
         decay: weight of the past, in [0, 1).
+        warmup: whether the first updates use less, so that the start is soon forgotten.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, warmup: bool = False) -> None:
         self.decay = decay
+        self.warmup = warmup
         self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Take in the present weights; call it once after every optimizer step."""
+    def update(self, model: nn.Module, number: int) -> None:
+        """Take in the present weights, after optimizer step `number`, counted from one."""
+        decay = min(self.decay, number / (10 + number)) if self.warmup else self.decay
         weights = [p.detach() for _, p in model.named_parameters()]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1 - self.decay)
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:

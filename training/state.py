@@ -69,6 +69,7 @@ def training_state(trainer: Trainer) -> dict[str, Any]:
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "plateau": trainer.plateau.state_dict(),
+        "curriculum": trainer.curriculum.state_dict(),
         "random": random_states(),
         "config": trainer.config.model_dump(mode="json"),
         "provenance": provenance(),
@@ -92,6 +93,8 @@ def resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if training["scaler"] and trainer.scaler.is_enabled():  # else the precision has changed
         trainer.scaler.load_state_dict(training["scaler"])
     trainer.plateau.load_state_dict(training["plateau"])
+    if "curriculum" in training:  # older checkpoints have none
+        trainer.curriculum.load_state_dict(training["curriculum"])
     for group in trainer.optimizer.param_groups:
         # The configuration rules, also where it changed since.
         group["betas"] = trainer.settings.betas

@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from models import BSMamba2
 from models.checkpoint import Checkpoint
 from training.config import Config
+from training.curriculum import TargetGain
 from training.data.mixing import Example
 from training.distributed import Agreement, World
 from training.ema import EMA
@@ -86,7 +87,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, self.settings)
         fp16 = self.settings.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        self.ema = EMA(self.model, self.settings.ema_decay)
+        self.ema = EMA(self.model, self.settings.ema_decay, self.settings.ema_warmup)
+        self.curriculum = TargetGain(config.curriculum, self.device, self.world)
         self.plateau = Plateau(self.settings.plateau_factor, self.settings.plateau_patience)
         self.position = Position()
         if checkpoint is not None:
@@ -241,9 +243,12 @@ class Trainer:
     def _losses(self, network: Network, batch: Example) -> tuple[Tensor, dict[str, Tensor]]:
         mixture = batch["mixture"].to(self.device, non_blocking=True)  # b c t
         target = batch["target"].to(self.device, non_blocking=True)  # b n c t
+        mixture, target = self.curriculum.louder(mixture, target)
         with self.autocast():
             estimate = network(mixture)
-        return self.loss(estimate, round_trip(self.model, target))
+        target = round_trip(self.model, target)
+        self.curriculum.observe(estimate, target)
+        return self.loss(estimate, target)
 
     def _plain_loss(self, batch: Example) -> Tensor:
         return self._losses(self.model, batch)[0]
@@ -275,9 +280,10 @@ class Trainer:
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.model)
-        self.guard.note(skipped)
         self.position.step += 1
+        self.ema.update(self.model, self.step)
+        self.curriculum.step()
+        self.guard.note(skipped)
         self.position.examples += self.examples_per_step
         return norm, skipped
 
@@ -301,7 +307,7 @@ class Trainer:
             "seconds": self.seconds,
             "seconds_left": self.seconds * max(0.0, 1 / max(self.progress, 1e-9) - 1),
         }
-        row |= self._read_failures()
+        row |= self.curriculum.row() | self._read_failures()
         if self.device.type == "cuda":
             row["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return row

@@ -99,6 +99,7 @@ def steps(folder: Path, config: str) -> None:
             f"training.batch_size={batch}",
             f"training.accumulation={accumulation}",
             f"run.dir={folder / str(size)}",
+            "curriculum.target_gain=3",
         ]
         out = folder / f"{size}.pt"
         wait(fork_ranks(size, lambda out=out, words=words: two_steps(out, config, words)))

@@ -100,7 +100,8 @@ def assert_tensorboard(folder: Path, rows: list[dict[str, float]]) -> None:
 
 def test_resumed_run_equals_an_uninterrupted_one(tiny_config: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    words = ["training.validate_every=2"]
+    words = ["training.validate_every=2", "training.ema_warmup=true"]
+    words += ["curriculum.target_gain=2", "curriculum.release_sdr=-50"]
     assert train(tiny_config, f"run.dir={whole}", *words) == 0
     words.append(f"run.dir={parts}")
     assert train(tiny_config, *words, "training.max_steps=2") == 0
@@ -115,8 +116,9 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny_config: Path, tmp_path: Pa
     assert_equal(states[0].training, states[1].training)
     assert states[1].training["examples"] == 8
     for row, other in zip(read_rows(whole), read_rows(parts), strict=True):
-        for name in ("step", "loss", "grad_norm", "valid_usdr"):
+        for name in ("step", "loss", "grad_norm", "valid_usdr", "target_gain"):
             assert row.get(name) == other.get(name)
+    assert read_rows(whole)[-1]["target_gain"] < 2
 
 
 def test_accumulated_batches_equal_one_large_batch(tiny_config: Path) -> None:
