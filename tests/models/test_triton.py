@@ -228,7 +228,8 @@ def test_block_with_silent_frames(axis: int) -> None:
 
 @pytest.mark.parametrize("axis", [1, 2])
 def test_block_that_takes_a_batch_part_by_part(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_block, "SLICE_TOKENS", 30)  # two clips at once, then one
+    monkeypatch.setattr(triton_block, "WHOLE_TOKENS", 30)
+    monkeypatch.setattr(triton_block, "PART_TOKENS", 30)  # two clips at once, then one
     x = torch.randn(3, 5, 3, 24, generator=torch.Generator().manual_seed(9))
     assert_block_close(x, axis)
 
