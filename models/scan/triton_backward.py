@@ -20,7 +20,7 @@ Memory per row, in elements, beside the forward kernels that run again (dbc is f
     state_key       reads d_inner + n, a dS                 writes d_inner + 2 n
     chunk_backward  reads 2 d_inner + 2 n (d_inner + 4 n)   writes d_inner + 2 n
     conv_backward   reads 2 (d_inner + 2 n)                 writes d_inner + 2 n
-The gradients of x, B and C lie in dproj where `conv_backward` replaces them by that of xBC.
+The gradients of x, B and C take their place; `conv_backward` makes that of xBC, in dproj, of them.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def chunk_backward(
     Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
     HAS_STATE: tl.constexpr,
 ):
-    """The pairs of one chunk: dx, dB, dC into dproj, and for `dt_backward`
+    """The pairs of one chunk: dx, dB, dC in the place of x, B, C, and for `dt_backward`
 
     query and key [.., head, step]: sums of M_qk dy_q . x_k over k < q and over q > k,
     pair [.., head, step]: dy_q . x_q,   own [.., step]: C_q . B_q.
@@ -165,7 +165,7 @@ def chunk_backward(
     left = inside & (q < tl.where(chunk < chunks - 1, Q, 0))
     xbc = xbc_ptr + first * D_XBC
     dtype = xbc_ptr.dtype.element_ty
-    dxbc = dproj_ptr + first * W + D_INNER
+    dx_ptr = dproj_ptr + first * W + D_INNER  # what `state_key` has left there
     b = load_tile(xbc + D_INNER, row * D_XBC, n, inside, n < N)
     c = load_tile(xbc + D_INNER + N, row * D_XBC, n, inside, n < N)
     own, cb = triangle(tl.dot(c, tl.trans(b), input_precision=PRECISION), Q)         # q k
@@ -191,18 +191,18 @@ def chunk_backward(
         tl.store(key_ptr + steps, tl.sum(pairs, axis=0))
         dx = (tl.load(skip_ptr + group % 2 * H + head) + own * dt)[:, None] * dy.to(tl.float32)
         if HAS_STATE:
-            dx += load_tile(dxbc + head * P, row * W, lane, left, lane < P).to(tl.float32)
+            dx += load_tile(dx_ptr + head * P, row * W, lane, left, lane < P).to(tl.float32)
         dx = tl.dot(tl.trans(mix), dy, dx, input_precision=PRECISION)                # k p
-        store_tile(dxbc + head * P, row * W, lane, dx, inside, lane < P)
+        store_tile(xbc + head * P, row * D_XBC, lane, dx, inside, lane < P)
     dcb = tl.where(q[:, None] >= q[None, :], dcb, 0.0).to(dtype)
     dc = tl.dot(dcb, b, input_precision=PRECISION)                                   # q n
     if HAS_STATE:
         dc += load_tile(dbc_ptr + first * (2 * N) + N, row * (2 * N), n, entered, n < N)
-    store_tile(dxbc + D_INNER + N, row * W, n, dc, inside, n < N)
+    store_tile(xbc + D_INNER + N, row * D_XBC, n, dc, inside, n < N)
     db = tl.dot(tl.trans(dcb), c, input_precision=PRECISION)                         # k n
     if HAS_STATE:
         db += load_tile(dbc_ptr + first * (2 * N), row * (2 * N), n, left, n < N)
-    store_tile(dxbc + D_INNER, row * W, n, db, inside, n < N)
+    store_tile(xbc + D_INNER, row * D_XBC, n, db, inside, n < N)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -259,17 +259,33 @@ def dt_backward(
     tl.store(partial + 2 * H, dskip, mask=heads)
 
 
+@triton.jit
+def conv_gradient(raw, grad, w0, w1, w2, w3, bias, pre1, pre2, pre3, sum1, sum2, sum3):
+    """One step: the gradient before the SiLU, that of xBC three steps back, and the next sums.
+
+    pre: what this and earlier steps give the next three; sum: what later ones gave the last three.
+    """
+    pre = pre1 + w0 * raw
+    s = tl.sigmoid(pre)
+    grad *= s * (1 + pre * (1 - s))
+    pre1, pre2, pre3 = pre2 + w1 * raw, pre3 + w2 * raw, bias + w3 * raw
+    total = sum3 + w3 * grad
+    sum1, sum2, sum3 = w0 * grad, sum1 + w1 * grad, sum2 + w2 * grad
+    return grad, total, pre1, pre2, pre3, sum1, sum2, sum3
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def conv_backward(
-    proj_ptr, weight_ptr, bias_ptr, dproj_ptr, partial_ptr,
-    inner, outer_stride, inner_stride, step, length, sequences, span,
+    proj_ptr, weight_ptr, bias_ptr, dxbc_ptr, dproj_ptr, partial_ptr,
+    inner, outer_stride, inner_stride, step, length, chunks, sequences, span,
     W: tl.constexpr, D_INNER: tl.constexpr, D_XBC: tl.constexpr, D_CONV: tl.constexpr,
-    BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    Q: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """The gradient of x, B, C in dproj becomes that of xBC; sums of dbias and dw per program.
+    """The gradient of xBC into dproj, from that of x, B, C; sums of dbias and dw per program.
 
-    A program walks `span` sequences step by step with the last values in registers, so that every
-    element is read once. xBC three steps back is final once the gradient of this step is known.
+    A program walks `span` pieces of Q steps with the last values in registers, so that every
+    element is read once, but for three steps on either side of a piece: those before, for the
+    values they hand on, and those after, whose gradient the last three rows of the piece get.
     """
     pid = tl.program_id(0).to(tl.int64)
     blocks = (D_XBC + BLOCK_C - 1) // BLOCK_C
@@ -288,34 +304,48 @@ def conv_backward(
         w3 = tl.load(taps - 3 * D_XBC, mask=valid, other=0.0)
     dbias, dw0, dw1, dw2, dw3 = zero, zero, zero, zero, zero
     stride = (1 - 2 * direction) * 2 * step
-    for seq in range(part * span, tl.minimum(part * span + span, sequences)):
-        first, _ = locate(
-            seq * 2 + direction, 0, inner, outer_stride, inner_stride, step, length, 1
-        )
-        raw1, raw2, raw3 = zero, zero, zero
-        pre1, pre2, pre3 = bias, bias, bias  # what earlier steps give the next three
-        sum1, sum2, sum3 = zero, zero, zero  # what later steps gave the last three
-        for i in tl.range(0, length + 3, num_stages=STAGES):
-            at = (first + i * stride) * W + D_INNER + channel
-            inside = channel < tl.where(i < length, D_XBC, 0)
-            raw = tl.load(proj_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            grad = tl.load(dproj_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            pre = pre1 + w0 * raw
-            pre1, pre2, pre3 = pre2 + w1 * raw, pre3 + w2 * raw, bias + w3 * raw
-            s = tl.sigmoid(pre)
-            grad *= s * (1 + pre * (1 - s))
+    for piece in range(part * span, tl.minimum(part * span + span, sequences * chunks)):
+        start = piece % chunks * Q
+        stop = tl.minimum(start + Q, length)
+        group = piece // chunks * 2 + direction
+        first, _ = locate(group, 0, inner, outer_stride, inner_stride, step, length, 1)
+        raw_ptr = proj_ptr + first * W + D_INNER + channel
+        out_ptr = dproj_ptr + first * W + D_INNER + channel
+        grad_ptr = dxbc_ptr + first * D_XBC + channel
+        before = channel < tl.where(start >= 3, D_XBC, 0)  # a piece is no shorter
+        raw1 = tl.load(raw_ptr + (start - 1) * stride * W, mask=before, other=0.0).to(tl.float32)
+        raw2 = tl.load(raw_ptr + (start - 2) * stride * W, mask=before, other=0.0).to(tl.float32)
+        raw3 = tl.load(raw_ptr + (start - 3) * stride * W, mask=before, other=0.0).to(tl.float32)
+        pre1 = bias + w1 * raw1 + w2 * raw2 + w3 * raw3
+        pre2, pre3 = bias + w2 * raw1 + w3 * raw2, bias + w3 * raw1
+        sum1, sum2, sum3 = zero, zero, zero
+        for i in tl.range(start, stop, num_stages=STAGES):
+            raw = tl.load(raw_ptr + i * stride * W, mask=valid, other=0.0).to(tl.float32)
+            grad = tl.load(grad_ptr + i * stride * D_XBC, mask=valid, other=0.0).to(tl.float32)
+            grad, total, pre1, pre2, pre3, sum1, sum2, sum3 = conv_gradient(
+                raw, grad, w0, w1, w2, w3, bias, pre1, pre2, pre3, sum1, sum2, sum3
+            )
             dbias += grad
             dw0 += grad * raw
             dw1 += grad * raw1
             dw2 += grad * raw2
             dw3 += grad * raw3
-            total = sum3 + w3 * grad
-            sum1, sum2, sum3 = w0 * grad, sum1 + w1 * grad, sum2 + w2 * grad
-            behind = dproj_ptr + at - 3 * stride * W
-            final = channel < tl.where(i >= 3, D_XBC, 0)
-            tl.store(behind, total.to(dproj_ptr.dtype.element_ty), mask=final)
+            final = channel < tl.where(i >= start + 3, D_XBC, 0)
+            out = total.to(dproj_ptr.dtype.element_ty)
+            tl.store(out_ptr + (i - 3) * stride * W, out, mask=final)
             # Added zeros: Triton 3.6 pipelines a value handed on unchanged as if it were new.
             raw1, raw2, raw3 = raw + 0.0, raw1 + 0.0, raw2 + 0.0
+        for after in tl.static_range(3):
+            i = stop + after
+            inside = channel < tl.where(i < length, D_XBC, 0)
+            raw = tl.load(raw_ptr + i * stride * W, mask=inside, other=0.0).to(tl.float32)
+            grad = tl.load(grad_ptr + i * stride * D_XBC, mask=inside, other=0.0).to(tl.float32)
+            grad, total, pre1, pre2, pre3, sum1, sum2, sum3 = conv_gradient(
+                raw, grad, w0, w1, w2, w3, bias, pre1, pre2, pre3, sum1, sum2, sum3
+            )
+            final = channel < tl.where(i >= start + 3, D_XBC, 0)
+            out = total.to(dproj_ptr.dtype.element_ty)
+            tl.store(out_ptr + (i - 3) * stride * W, out, mask=final)
     # Rows of a partial: the bias, then the taps from the current step back.
     at = partial_ptr + (part * 2 + direction) * 5 * D_XBC + channel
     tl.store(at, dbias, mask=valid)

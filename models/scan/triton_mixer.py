@@ -26,10 +26,8 @@ from models.scan.triton_plan import (
     make_plan,
 )
 
-# Steps and channels that a program of the forward convolution walks, and how many loads run ahead.
+# Steps and channels that a program of the convolution walks, and how many loads run ahead.
 CONV_PIECE, CONV_CHANNELS, CONV_AHEAD = 128, 512, 4
-# Channels of the backward one, which walks whole sequences.
-CONV_WALK, CONV_STAGES = 512, 4
 # Partial sums of the convolution's gradient: enough programs to fill a GPU, few enough to add up.
 CONV_PARTS = 512
 # Tokens of a tile of the output projection, which is as wide as the model, and its inner step.
@@ -158,7 +156,8 @@ def scan_backward(
             **plan.sizes("W", "H", "SPLITS", "Q", "BLOCK_H", "HAS_STATE"),
         )
         ddt_bias, dA_log, dD = partial.sum(dim=(0, 2)).unbind(dim=1)
-        return MixerParameters(*_conv_backward(proj, params, dproj, plan), ddt_bias, dA_log, dD)
+        taps = _conv_backward(proj, params, scan.xbc, dproj, plan)
+        return MixerParameters(*taps, ddt_bias, dA_log, dD)
 
 
 def _state_backward(
@@ -197,17 +196,18 @@ def _state_backward(
 
 
 def _conv_backward(
-    proj: Tensor, params: MixerParameters, dproj: Tensor, plan: Plan
+    proj: Tensor, params: MixerParameters, dxbc: Tensor, dproj: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor]:
-    """Turn the gradient of x, B, C in dproj into that of xBC; return those of taps and bias."""
-    span = triton.cdiv(plan.sequences, CONV_PARTS)
-    parts = triton.cdiv(plan.sequences, span)
+    """Write the gradient of xBC into dproj, from that of x, B, C; return those of taps and bias."""
+    pieces = triton.cdiv(plan.length, CONV_PIECE)
+    span = triton.cdiv(plan.sequences * pieces, CONV_PARTS)
+    parts = triton.cdiv(plan.sequences * pieces, span)
     partial = _float_empty(proj, parts, 2, 5, plan.d_xbc)
-    backward_kernels.conv_backward[(parts * 2 * triton.cdiv(plan.d_xbc, CONV_WALK),)](
-        *(proj, params.conv_weight, params.conv_bias, dproj, partial),
-        *(*plan.geometry[:-1], plan.sequences, span),
+    backward_kernels.conv_backward[(parts * 2 * triton.cdiv(plan.d_xbc, CONV_CHANNELS),)](
+        *(proj, params.conv_weight, params.conv_bias, dxbc, dproj, partial),
+        *(*plan.geometry[:-1], pieces, plan.sequences, span),
         **plan.sizes("W", "D_INNER", "D_XBC", "D_CONV"),
-        **{"BLOCK_C": CONV_WALK, "STAGES": CONV_STAGES},
+        **{"Q": CONV_PIECE, "BLOCK_C": CONV_CHANNELS, "STAGES": CONV_AHEAD},
     )
     total = partial.sum(dim=0)
     return total[:, 1 : 1 + plan.d_conv].flip(1), total[:, 0]

@@ -236,8 +236,9 @@ def test_block_that_takes_a_batch_part_by_part(axis: int, monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("poison")
 def test_convolution_across_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_mixer, "CONV_PIECE", 2)  # fewer than the taps reach back
-    assert_close(draw((1, 9, 2), 2, 16, 16, 4), "time", small())
+    monkeypatch.setattr(triton_mixer, "CONV_PIECE", 3)  # as far as the taps reach back
+    monkeypatch.setattr(triton_mixer, "CONV_PARTS", 4)  # fewer programs than pieces
+    assert_close(draw((2, 11, 2), 2, 16, 16, 4), "time", small())
 
 
 def test_block_of_one_sequence_with_short_convolution() -> None:
