@@ -1,0 +1,39 @@
+"""The loop's benchmark: what it makes of the rows of a run, and of a run that fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import loop
+from models import InputError
+
+EVERY = 10
+
+
+def test_steps_beside_checkpoints_are_held_against_the_others() -> None:
+    seconds = [1.0] * 46
+    seconds[EVERY] = 50.0  # after the first checkpoint, which allocates
+    seconds[2 * EVERY], seconds[3 * EVERY + 4] = 1.5, 1.2  # while the next two are written
+    seconds[-1] = 9.0  # the end of the run
+    longest, mean = loop._beside_checkpoints(seconds, EVERY)
+    assert longest == 1.5
+    assert mean == pytest.approx((13 + 1.5 + 1.2) / 15)
+
+
+def test_a_step_is_the_median_without_start_and_end() -> None:
+    rows = [{"seconds_per_step": s} for s in (9.0, 9.0, 1.0, 2.0, 1.0, 8.0)]
+    assert loop._step(rows) == 1.0
+
+
+def test_a_run_that_fails_is_told_with_its_last_lines(tmp_path: Path) -> None:
+    config = loop.MAIN / "configs" / "demo.yaml"
+    runs = loop.Runs(config, [f"data.root={tmp_path / 'none'}"], tmp_path)
+    with pytest.raises(InputError, match=r"first failed \(2\).*none"):
+        runs.train("first")
+
+
+def test_too_few_steps_are_refused() -> None:
+    with pytest.raises(InputError, match="--steps 3"):
+        loop.main(["--steps", "3"])
