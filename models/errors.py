@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -45,12 +46,19 @@ def log_level(level: int, *names: str) -> Iterator[None]:
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command-line `main`; exit 0 on success, 2 with one line on bad input, 130 on Ctrl-C.
 
+    A reader of standard output that has gone (`| head`) ends it quietly, with 141 as in a shell.
     Any other exception is a fault of ours and keeps its traceback.
     """
     # Strong decays make denormals, which slow a step on the CPU tenfold.
     torch.set_flush_denormal(True)
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:
+        # What is left in the buffer goes nowhere, instead of failing again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # SIGPIPE
     except InputError as error:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr)

@@ -1,0 +1,30 @@
+"""How a command ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from models.errors import InputError, run_command
+
+
+def test_bad_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> int:
+        raise InputError("a: wrong\n  b")
+
+    with pytest.raises(SystemExit, match="2"):
+        run_command(main)
+    assert capsys.readouterr().err == "error: a: wrong b\n"
+
+
+def test_a_reader_that_has_gone_ends_a_command_quietly() -> None:
+    program = "from models.errors import run_command; run_command(lambda: print('x' * 10**6) or 0)"
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
