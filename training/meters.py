@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from training.trainer import Trainer
 
 
 class Averages:
@@ -54,3 +58,31 @@ class Stopwatch:
     def seconds(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self._started
+
+
+def training_row(trainer: Trainer) -> dict[str, float]:
+    """What happened since the last row, as plain numbers, over all ranks."""
+    means = trainer.averages.means()
+    values = [float(value) for value in trainer.world.mean(list(means.values()))]
+    # Read after the means, which wait for the steps to end.
+    watch, steps = trainer.row_watch, max(1, trainer.step - trainer.row_step)
+    rate = steps * trainer.examples_per_step / watch.seconds
+    row = {
+        "step": trainer.step,
+        **dict(zip(means, values, strict=True)),
+        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+        "seconds_per_step": watch.seconds / steps,
+        "examples_per_second": rate,
+        "real_time_factor": rate * trainer.config.data.segment_seconds,
+        "data_wait_share": watch.spent("data") / watch.seconds,
+        "skipped_steps": trainer.skipped,
+        "seconds": trainer.seconds,
+        "seconds_left": trainer.seconds * max(0.0, 1 / max(trainer.progress, 1e-9) - 1),
+    }
+    row |= trainer.curriculum.row()
+    # The largest counts of any rank: each rank's workers read of every file.
+    ranks = trainer.world.gather(trainer.loaders.read_failures())
+    row |= {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+    if trainer.device.type == "cuda":
+        row["gpu_memory_gib"] = torch.cuda.max_memory_allocated(trainer.device) / 2**30
+    return row

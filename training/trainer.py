@@ -25,7 +25,7 @@ from training.finite import FiniteGuard, stop_at_bad_step
 from training.loaders import Loaders
 from training.logbook import Logbook, Row
 from training.loss import SeparationLoss
-from training.meters import Averages, Stopwatch
+from training.meters import Averages, Stopwatch, training_row
 from training.run_folder import RunFolder
 from training.schedule import Plateau, learning_rate
 from training.setup import (
@@ -289,33 +289,9 @@ class Trainer:
 
     def row(self) -> Row:
         """What happened since the last row, as plain numbers, over all ranks."""
-        means = self.averages.means()
-        values = [float(value) for value in self.world.mean(list(means.values()))]
-        # Read after the means, which wait for the steps to end.
-        watch, steps = self.row_watch, max(1, self.step - self.row_step)
+        row = training_row(self)
         self.averages, self.row_step = Averages(), self.step
-        rate = steps * self.examples_per_step / watch.seconds
-        row = {
-            "step": self.step,
-            **dict(zip(means, values, strict=True)),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "seconds_per_step": watch.seconds / steps,
-            "examples_per_second": rate,
-            "real_time_factor": rate * self.config.data.segment_seconds,
-            "data_wait_share": watch.spent("data") / watch.seconds,
-            "skipped_steps": self.skipped,
-            "seconds": self.seconds,
-            "seconds_left": self.seconds * max(0.0, 1 / max(self.progress, 1e-9) - 1),
-        }
-        row |= self.curriculum.row() | self._read_failures()
-        if self.device.type == "cuda":
-            row["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return row
-
-    def _read_failures(self) -> Row:
-        """The largest counts of any rank: each rank's workers read of every file."""
-        ranks = self.world.gather(self.loaders.read_failures())
-        return {name: max(rank[name] for rank in ranks) for name in ranks[0]}
 
     def validate(self, logbook: Logbook | None) -> Row:
         """Score the averaged weights, keep them if they are the best so far."""

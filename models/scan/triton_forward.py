@@ -1,4 +1,4 @@
-"""Forward kernels of the bidirectional mixer: convolution, dt, and the selective scan.
+"""Forward kernels of the bidirectional mixer: dt, the selective scan, the output projection.
 
     x, B, C = silu(conv(xBC))            dt = softplus(dt_raw + dt_bias)     A = -exp(A_log)
     a_q     = A (dt_1 + ... + dt_q)      the log-decay since the start of the chunk
@@ -16,7 +16,6 @@ A *row* is a (token, direction) pair: everything is addressed by row, and the ba
 walks its rows from the end, so nothing is flipped or permuted.
 
 Memory per row, in elements (paper: d_inner 1024, n 128, Q 64):
-    conv_forward    reads d_inner + 2 n          writes d_inner + 2 n
     chunk_forward   reads d_inner + 2 n          writes d_inner
     sweep_forward   reads d_inner + 2 n          writes d_inner
     state_forward   reads d_inner + n            writes d_inner n / Q
@@ -28,31 +27,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.scan.triton_rows import load_tile, store_tile
+from models.scan.triton_rows import RUNTIME, load_tile, locate, store_tile
 
-# Not compiled in: another length, batch or axis runs the same kernel.
-RUNTIME = (
-    *("inner", "outer_stride", "inner_stride", "step", "length", "chunks"),
-    *("sequences", "span"),
-)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Signatures keep pointers, geometry, model constants and tile sizes on lines of their own.
 # fmt: off
-
-
-@triton.jit
-def locate(group, chunk, inner, outer_stride, inner_stride, step, length, Q: tl.constexpr):
-    """First row of a chunk in scan order, and its steps' rows relative to that one.
-
-    A group is a (sequence, direction) pair. The first row is 64-bit; offsets within a chunk stay
-    far below 2^31 elements.
-    """
-    seq, direction = group // 2, group % 2
-    token = seq // inner * outer_stride + seq % inner * inner_stride
-    token += direction * (length - 1) * step
-    stride = (1 - 2 * direction) * 2 * step
-    return token * 2 + direction + chunk * Q * stride, tl.arange(0, Q) * stride.to(tl.int32)
 
 
 @triton.jit
@@ -99,57 +79,6 @@ def dt_forward(
     at = (group * H + h[None, :]) * (chunks * Q) + pos[:, None]
     tl.store(dt_ptr + at, dt, mask=(h < H)[None, :])
     tl.store(decay_ptr + at, tl.cumsum(dt * rate[None, :], axis=0), mask=(h < H)[None, :])
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def conv_forward(
-    proj_ptr, weight_ptr, bias_ptr, xbc_ptr,
-    inner, outer_stride, inner_stride, step, length, chunks,
-    W: tl.constexpr, D_INNER: tl.constexpr, D_XBC: tl.constexpr, D_CONV: tl.constexpr,
-    Q: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-):
-    """x, B, C [row, d_xbc]: the causal depthwise convolution of xBC and its SiLU.
-
-    A program walks Q steps, and each element read goes at once into the four sums it is part of.
-    """
-    pid = tl.program_id(0).to(tl.int64)
-    blocks = (D_XBC + BLOCK_C - 1) // BLOCK_C
-    channel = (pid % blocks).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
-    group, chunk = pid // blocks // chunks, pid // blocks % chunks
-    first, _ = locate(group, 0, inner, outer_stride, inner_stride, step, length, 1)
-    stride = (1 - 2 * (group % 2)) * 2 * step
-    valid = channel < D_XBC
-    raw_ptr = proj_ptr + first * W + D_INNER + channel
-    out_ptr = xbc_ptr + first * D_XBC + channel
-    taps = weight_ptr + (group % 2 * D_CONV + D_CONV - 1) * D_XBC + channel
-    w0 = tl.load(taps, mask=valid, other=0.0)
-    w1 = tl.load(taps - D_XBC, mask=valid, other=0.0)
-    w2 = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    w3 = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    if D_CONV > 2:
-        w2 = tl.load(taps - 2 * D_XBC, mask=valid, other=0.0)
-    if D_CONV > 3:
-        w3 = tl.load(taps - 3 * D_XBC, mask=valid, other=0.0)
-    bias = tl.load(bias_ptr + group % 2 * D_XBC + channel, mask=valid, other=0.0)
-    # What the steps before this piece give its first three.
-    pre1, pre2, pre3 = bias, bias, bias
-    start = chunk * Q
-    for back in tl.static_range(1, D_CONV):
-        reached = channel < tl.where(start >= back, D_XBC, 0)
-        at = raw_ptr + (start - back) * stride * W
-        raw = tl.load(at, mask=reached, other=0.0).to(tl.float32)
-        if back == 1:
-            pre1, pre2, pre3 = pre1 + w1 * raw, pre2 + w2 * raw, pre3 + w3 * raw
-        elif back == 2:
-            pre1, pre2 = pre1 + w2 * raw, pre2 + w3 * raw
-        else:
-            pre1 += w3 * raw
-    for i in tl.range(start, tl.minimum(start + Q, length), num_stages=STAGES):
-        raw = tl.load(raw_ptr + i * stride * W, mask=valid, other=0.0).to(tl.float32)
-        pre = pre1 + w0 * raw
-        pre1, pre2, pre3 = pre2 + w1 * raw, pre3 + w2 * raw, bias + w3 * raw
-        out = (pre * tl.sigmoid(pre)).to(xbc_ptr.dtype.element_ty)
-        tl.store(out_ptr + i * stride * D_XBC, out, mask=valid)
 
 
 @triton.jit(do_not_specialize=RUNTIME)

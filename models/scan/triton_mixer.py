@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from models.scan import triton_backward as backward_kernels
+from models.scan import triton_conv as conv_kernels
 from models.scan import triton_forward as forward_kernels
 from models.scan import triton_rows as row_kernels
 from models.scan.triton_plan import (
@@ -53,7 +54,7 @@ def _prepare(proj: Tensor, params: MixerParameters, plan: Plan) -> _Scan:
     xbc = proj.new_empty(*proj.shape[:-1], plan.d_xbc)
     pieces = triton.cdiv(plan.length, CONV_PIECE)
     blocks = triton.cdiv(plan.d_xbc, CONV_CHANNELS)
-    forward_kernels.conv_forward[(plan.sequences * 2 * pieces * blocks,)](
+    conv_kernels.conv_forward[(plan.sequences * 2 * pieces * blocks,)](
         *(proj, params.conv_weight, params.conv_bias, xbc),
         *(*plan.geometry[:-1], pieces),
         **plan.sizes("W", "D_INNER", "D_XBC", "D_CONV"),
@@ -203,7 +204,7 @@ def _conv_backward(
     span = triton.cdiv(plan.sequences * pieces, CONV_PARTS)
     parts = triton.cdiv(plan.sequences * pieces, span)
     partial = _float_empty(proj, parts, 2, 5, plan.d_xbc)
-    backward_kernels.conv_backward[(parts * 2 * triton.cdiv(plan.d_xbc, CONV_CHANNELS),)](
+    conv_kernels.conv_backward[(parts * 2 * triton.cdiv(plan.d_xbc, CONV_CHANNELS),)](
         *(proj, params.conv_weight, params.conv_bias, dxbc, dproj, partial),
         *(*plan.geometry[:-1], pieces, plan.sequences, span),
         **plan.sizes("W", "D_INNER", "D_XBC", "D_CONV"),

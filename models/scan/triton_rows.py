@@ -18,8 +18,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Not compiled in: another length, batch or axis runs the same kernel.
+RUNTIME = (
+    *("inner", "outer_stride", "inner_stride", "step", "length", "chunks"),
+    *("sequences", "span"),
+)
+
 # Signatures keep pointers, geometry, model constants and tile sizes on lines of their own.
 # fmt: off
+
+
+@triton.jit
+def locate(group, chunk, inner, outer_stride, inner_stride, step, length, Q: tl.constexpr):
+    """First row of a chunk in scan order, and its steps' rows relative to that one.
+
+    A group is a (sequence, direction) pair. The first row is 64-bit; offsets within a chunk stay
+    far below 2^31 elements.
+    """
+    seq, direction = group // 2, group % 2
+    token = seq // inner * outer_stride + seq % inner * inner_stride
+    token += direction * (length - 1) * step
+    stride = (1 - 2 * direction) * 2 * step
+    return token * 2 + direction + chunk * Q * stride, tl.arange(0, Q) * stride.to(tl.int32)
 
 
 @triton.jit
