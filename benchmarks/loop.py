@@ -153,12 +153,13 @@ def _step(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def _beside_checkpoints(seconds: Sequence[float], every: int) -> tuple[float, float]:
-    """The steps that follow a checkpoint, against the median of the others: the longest, the mean.
+    """The steps from a snapshot on, against the median of the others: the longest, the mean.
 
     The first checkpoint, which allocates what the others use again, does not count.
     """
-    starts = range(2 * every, len(seconds) - _AFTER, every)
-    beside = set(itertools.chain.from_iterable(range(s, s + _AFTER) for s in starts))
+    # The snapshot is part of the row of its own step, which is the one before in `seconds`.
+    starts = range(2 * every - 1, len(seconds) - _AFTER - 1, every)
+    beside = set(itertools.chain.from_iterable(range(s, s + _AFTER + 1) for s in starts))
     first = set(range(every + _AFTER)) | {len(seconds) - 1}
     others = [s for n, s in enumerate(seconds) if n not in beside | first]
     chosen = [seconds[n] for n in sorted(beside)]

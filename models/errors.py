@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -46,7 +47,8 @@ def log_level(level: int, *names: str) -> Iterator[None]:
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command-line `main`; exit 0 on success, 2 with one line on bad input, 130 on Ctrl-C.
 
-    A reader of standard output that has gone (`| head`) ends it quietly, with 141 as in a shell.
+    A reader of standard output that has gone (`| head`) ends it quietly, with 141 as in a shell,
+    where the command itself does not say more.
     Any other exception is a fault of ours and keeps its traceback.
     """
     # Strong decays make denormals, which slow a step on the CPU tenfold.
@@ -56,6 +58,8 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
         sys.exit(code)
     except BrokenPipeError:
+        if not _standard_output_is_closed():
+            raise  # of another pipe: a fault like any other
         # What is left in the buffer goes nowhere, instead of failing again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # SIGPIPE
@@ -66,3 +70,12 @@ def run_command(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _standard_output_is_closed() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -67,6 +67,7 @@ class Separator:
     dtype: str = "auto"
     _graphed: GraphedNetwork = field(init=False, repr=False, compare=False)
     _batch_limit: list[int] = field(init=False, repr=False, compare=False)
+    _ran: set[int] = field(init=False, repr=False, compare=False, default_factory=set)
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -152,23 +153,31 @@ class Separator:
         done = 0
         while done < len(batch):
             size = self._batch_limit[0]
+            part = batch[done : done + size]
+            filled = self._filled(part)
             try:
-                outputs.append(self._run(batch[done : done + size]))
+                outputs.append(self._run(filled)[: len(part)])
                 done += size
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
-                self._halve_batch(min(size, len(batch)))
+                self._halve_batch(len(filled))
         return torch.cat(outputs)
 
+    def _filled(self, part: Tensor) -> Tensor:
+        """The end of a song as a whole batch, where such a one is recorded as a CUDA graph already:
+        to record another shape would take longer."""
+        missing = self._batch_limit[0] - len(part)
+        if self.device.type != "cuda" or len(part) == 1 or len(part) + missing not in self._ran:
+            return part
+        return F.pad(part, (0, 0, 0, 0, 0, missing))
+
     def _run(self, batch: Tensor) -> Tensor:
-        chunks = len(batch)
-        if self.device.type == "cuda" and 1 < chunks < self._batch_limit[0]:
-            # The end of a song: to record the network for one more shape would take longer.
-            batch = F.pad(batch, (0, 0, 0, 0, 0, self._batch_limit[0] - chunks))
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.uses_bfloat16)
         with torch.inference_mode(), autocast:
-            return self._graphed(batch.to(self.device))[:chunks].float().cpu()
+            output = self._graphed(batch.to(self.device)).float().cpu()
+        self._ran.add(len(batch))
+        return output
 
     def _halve_batch(self, size: int) -> None:
         if self.device.type == "cuda":

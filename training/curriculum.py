@@ -21,8 +21,8 @@ class TargetGain:
     """A factor on the targets in the mixtures, lowered to 1 by the network's own score.
 
     Every optimizer step whose running SDR is above `release_sdr` lowers the factor by
-    `release_rate`, any other raises it by half of that. Once it is 1 it stays. All of it stays on
-    the device: no step waits for a number.
+    `release_rate`, any other raises it by half of that; silent and skipped steps have no SDR and go
+    by the score there is. Once it is 1 it stays. All of it stays on the device: no step waits.
 
     Args:
         settings: start, threshold and rate.
@@ -76,10 +76,11 @@ class TargetGain:
         return {"target_gain": float(self.gain), "train_sdr": float(self.score)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Factor and score, on the device."""
-        return {"gain": self.gain, "score": self.score}
+        """Factor and score, on the device; nothing where it is off."""
+        return {"gain": self.gain, "score": self.score} if self.is_on else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        self.gain.copy_(state["gain"])
-        self.score.copy_(state["score"])
+        """Go on from a saved state; from the start where the saved run had none."""
+        if state:
+            self.gain.copy_(state["gain"])
+            self.score.copy_(state["score"])

@@ -93,8 +93,7 @@ def resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if training["scaler"] and trainer.scaler.is_enabled():  # else the precision has changed
         trainer.scaler.load_state_dict(training["scaler"])
     trainer.plateau.load_state_dict(training["plateau"])
-    if "curriculum" in training:  # older checkpoints have none
-        trainer.curriculum.load_state_dict(training["curriculum"])
+    trainer.curriculum.load_state_dict(training.get("curriculum", {}))
     for group in trainer.optimizer.param_groups:
         # The configuration rules, also where it changed since.
         group["betas"] = trainer.settings.betas

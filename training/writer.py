@@ -105,6 +105,7 @@ class BackgroundWriter:
                         job()
             except BaseException as error:  # handed to the training thread
                 self._error = error
+            del job  # and its copy of the weights, before the next one comes
 
 
 @contextmanager

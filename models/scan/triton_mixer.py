@@ -8,6 +8,7 @@ the scan's output y is kept, beside the projection that the caller keeps or comp
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ CONV_PIECE, CONV_CHANNELS, CONV_AHEAD = 128, 512, 4
 # Partial sums of the convolution's gradient: enough programs to fill a GPU, few enough to add up.
 CONV_PARTS = 512
 # Tokens of a tile of the output projection, which is as wide as the model, and its inner step.
-OUTPUT_TOKENS, OUTPUT_STEP, OUTPUT_LAUNCH = 128, 64, Launch(8, 4)
+OUTPUT_TOKENS, OUTPUT_STEP = 128, 64
 # Elements of a row-wise program.
 ROW_TILE = 1024
 
@@ -108,6 +109,19 @@ def mixer_forward(
         return _gate_forward(proj, y, normal, eps)
 
 
+def output_launch(shared_bytes: int, width: int) -> Launch:
+    """As many stages as fit into a multiprocessor's shared memory: 4 on an H100, 2 on an RTX."""
+    stage = 2 * OUTPUT_STEP * (OUTPUT_TOKENS + width)  # bytes of a tile of either factor
+    return Launch(8, min(4, max(1, shared_bytes // stage)))
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0  # Triton's interpreter
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
 def output_forward(
     x: Tensor, normal: Tensor, w_out: Tensor, skip: Tensor, bias: Tensor, out: Tensor
 ) -> None:
@@ -127,7 +141,7 @@ def output_forward(
             *(x, normal, w_out, skip, bias, out, tokens),
             **{"D_MODEL": width, "D_MIXED": mixed},
             **{"BLOCK_T": OUTPUT_TOKENS, "BLOCK_D": block_d, "BLOCK_I": OUTPUT_STEP},
-            **OUTPUT_LAUNCH.options(),
+            **output_launch(_shared_bytes(x.device), block_d).options(),
         )
 
 

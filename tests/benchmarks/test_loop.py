@@ -14,12 +14,13 @@ EVERY = 10
 
 def test_steps_beside_checkpoints_are_held_against_the_others() -> None:
     seconds = [1.0] * 46
-    seconds[EVERY] = 50.0  # after the first checkpoint, which allocates
-    seconds[2 * EVERY], seconds[3 * EVERY + 4] = 1.5, 1.2  # while the next two are written
+    seconds[EVERY - 1] = seconds[EVERY] = 50.0  # the first checkpoint, which allocates
+    seconds[2 * EVERY - 1] = 1.7  # the snapshot of the second
+    seconds[2 * EVERY], seconds[3 * EVERY + 4] = 1.5, 1.2  # while two are written
     seconds[-1] = 9.0  # the end of the run
     longest, mean = loop._beside_checkpoints(seconds, EVERY)
-    assert longest == 1.5
-    assert mean == pytest.approx((13 + 1.5 + 1.2) / 15)
+    assert longest == 1.7
+    assert mean == pytest.approx((15 + 1.7 + 1.5 + 1.2) / 18)
 
 
 def test_a_step_is_the_median_without_start_and_end() -> None:

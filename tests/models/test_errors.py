@@ -28,3 +28,12 @@ def test_a_reader_that_has_gone_ends_a_command_quietly() -> None:
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 141
+
+
+def test_another_broken_pipe_is_a_fault_with_its_traceback() -> None:
+    program = (
+        "import os; from models.errors import run_command; r, w = os.pipe(); os.close(r);"
+        " run_command(lambda: os.write(w, b'x'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1 and "BrokenPipeError" in done.stderr

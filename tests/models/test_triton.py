@@ -146,6 +146,14 @@ def test_default_configuration_covers_a_sequence_in_one_chunk() -> None:
     assert_close(draw((2, 3, 5), 2, 16, 16, 4), "band", config=None)
 
 
+@pytest.mark.parametrize(
+    ("shared_bytes", "stages"), [(232_448, 4), (166_912, 3), (101_376, 2), (65_536, 1)]
+)
+def test_output_projection_fits_small_gpus(shared_bytes: int, stages: int) -> None:
+    # H100, A100, RTX 30 and 40 (147,456 bytes with four stages did not fit), T4.
+    assert triton_mixer.output_launch(shared_bytes, 256).num_stages == stages
+
+
 def test_half_precision() -> None:
     # Triton's interpreter multiplies bfloat16 as integers, so float16 stands for both here.
     assert_close(draw((1, 40, 1), 2, 16, 16, 4), "time", small(), torch.float16, tolerance=3e-3)

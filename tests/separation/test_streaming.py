@@ -201,6 +201,28 @@ def test_batches_halve_when_memory_runs_out(
     assert np.abs(stems["vocals"] - audio).max() < 1e-6
 
 
+def test_the_end_of_a_song_fills_a_batch_that_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    separator, room, sizes = identity(chunk_seconds=0.05, batch_size=4), 4, []
+
+    def run(self: Separator, batch: Tensor) -> Tensor:
+        sizes.append(len(batch))
+        if len(batch) > room:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        self._ran.add(len(batch))
+        return batch[:, None]
+
+    monkeypatch.setattr(Separator, "_run", run)
+    object.__setattr__(separator, "device", torch.device("cuda"))
+    short, whole = torch.randn(3, 2, 9), torch.randn(4, 2, 9)
+    for batch in (short, whole, short, short[:1]):
+        assert torch.equal(separator.network(batch), batch[:, None])
+    assert sizes == [3, 4, 4, 1]  # before a batch of four there is nothing to fill
+    room = 2
+    with pytest.warns(UserWarning, match="out of memory with 4 chunks at once; going on with 2"):
+        assert torch.equal(separator.network(short), short[:, None])
+    assert sizes[4:] == [4, 2, 1]
+
+
 def test_one_chunk_too_many_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Hungry, "room", 0)
     separator = Separator(Hungry(BSMamba2Config(**TINY)).eval(), CPU, chunk_seconds=0.05)

@@ -74,3 +74,9 @@ def test_it_goes_on_from_a_saved_state() -> None:
     observe(curriculum, sdr=8.0)
     observe(other, sdr=8.0)
     assert other.row() == curriculum.row()
+
+
+def test_it_can_be_turned_on_when_resuming() -> None:
+    off, on = make(1.0), make(3.0)
+    on.load_state_dict(off.state_dict())
+    assert on.row()["target_gain"] == 3.0

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import sys
 import threading
+import time
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -63,6 +66,19 @@ def test_snapshot_keeps_values_and_the_rest() -> None:
     assert copy["a"][1] == 5 and copy["b"]["name"] == "x" and copy["b"]["c"][1] is None
     assert torch.equal(copy["a"][0], torch.zeros(3))
     assert torch.equal(copy["b"]["c"][0], torch.zeros(3))
+
+
+def test_a_job_that_is_done_holds_nothing() -> None:
+    tensor = torch.zeros(3)
+    held = weakref.ref(tensor)
+    with BackgroundWriter() as writer:
+        writer.submit(partial(torch.sum, tensor))
+        del tensor
+        for _ in range(1000):
+            if held() is None:
+                return
+            time.sleep(0.005)
+    pytest.fail("the job's tensor is still there")
 
 
 def test_a_job_leaves_python_to_the_training() -> None:
