@@ -20,6 +20,41 @@ from models.scan.triton_rows import RUNTIME, locate
 # fmt: off
 
 
+@triton.jit
+def load_taps(
+    weight_ptr, bias_ptr, direction, channel, valid, D_XBC: tl.constexpr, D_CONV: tl.constexpr,
+):
+    """The four taps of some channels from the step itself back, 0 beyond D_CONV, and the bias."""
+    taps = weight_ptr + (direction * D_CONV + D_CONV - 1) * D_XBC + channel
+    w0 = tl.load(taps, mask=valid, other=0.0)
+    w1 = tl.load(taps - D_XBC, mask=valid, other=0.0)
+    w2, w3 = tl.zeros_like(w0), tl.zeros_like(w0)
+    if D_CONV > 2:
+        w2 = tl.load(taps - 2 * D_XBC, mask=valid, other=0.0)
+    if D_CONV > 3:
+        w3 = tl.load(taps - 3 * D_XBC, mask=valid, other=0.0)
+    return w0, w1, w2, w3, tl.load(bias_ptr + direction * D_XBC + channel, mask=valid, other=0.0)
+
+
+@triton.jit
+def steps_before(
+    raw_ptr, start, stride, channel, w1, w2, w3, bias, W: tl.constexpr, D_XBC: tl.constexpr,
+):
+    """The three steps before a piece, and what they give its first three. Pieces are no shorter."""
+    before = channel < tl.where(start >= 3, D_XBC, 0)
+    raw1 = tl.load(raw_ptr + (start - 1) * stride * W, mask=before, other=0.0).to(tl.float32)
+    raw2 = tl.load(raw_ptr + (start - 2) * stride * W, mask=before, other=0.0).to(tl.float32)
+    raw3 = tl.load(raw_ptr + (start - 3) * stride * W, mask=before, other=0.0).to(tl.float32)
+    pre1 = bias + w1 * raw1 + w2 * raw2 + w3 * raw3
+    return raw1, raw2, raw3, pre1, bias + w2 * raw1 + w3 * raw2, bias + w3 * raw1
+
+
+@triton.jit
+def convolve(raw, w0, w1, w2, w3, bias, pre1, pre2, pre3):
+    """One step: its sum before the SiLU, and what this and earlier steps give the next three."""
+    return pre1 + w0 * raw, pre2 + w1 * raw, pre3 + w2 * raw, bias + w3 * raw
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def conv_forward(
     proj_ptr, weight_ptr, bias_ptr, xbc_ptr,
@@ -40,33 +75,16 @@ def conv_forward(
     valid = channel < D_XBC
     raw_ptr = proj_ptr + first * W + D_INNER + channel
     out_ptr = xbc_ptr + first * D_XBC + channel
-    taps = weight_ptr + (group % 2 * D_CONV + D_CONV - 1) * D_XBC + channel
-    w0 = tl.load(taps, mask=valid, other=0.0)
-    w1 = tl.load(taps - D_XBC, mask=valid, other=0.0)
-    w2 = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    w3 = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    if D_CONV > 2:
-        w2 = tl.load(taps - 2 * D_XBC, mask=valid, other=0.0)
-    if D_CONV > 3:
-        w3 = tl.load(taps - 3 * D_XBC, mask=valid, other=0.0)
-    bias = tl.load(bias_ptr + group % 2 * D_XBC + channel, mask=valid, other=0.0)
-    # What the steps before this piece give its first three.
-    pre1, pre2, pre3 = bias, bias, bias
+    w0, w1, w2, w3, bias = load_taps(
+        weight_ptr, bias_ptr, group % 2, channel, valid, D_XBC, D_CONV
+    )
     start = chunk * Q
-    for back in tl.static_range(1, D_CONV):
-        reached = channel < tl.where(start >= back, D_XBC, 0)
-        at = raw_ptr + (start - back) * stride * W
-        raw = tl.load(at, mask=reached, other=0.0).to(tl.float32)
-        if back == 1:
-            pre1, pre2, pre3 = pre1 + w1 * raw, pre2 + w2 * raw, pre3 + w3 * raw
-        elif back == 2:
-            pre1, pre2 = pre1 + w2 * raw, pre2 + w3 * raw
-        else:
-            pre1 += w3 * raw
+    _, _, _, pre1, pre2, pre3 = steps_before(
+        raw_ptr, start, stride, channel, w1, w2, w3, bias, W, D_XBC
+    )
     for i in tl.range(start, tl.minimum(start + Q, length), num_stages=STAGES):
         raw = tl.load(raw_ptr + i * stride * W, mask=valid, other=0.0).to(tl.float32)
-        pre = pre1 + w0 * raw
-        pre1, pre2, pre3 = pre2 + w1 * raw, pre3 + w2 * raw, bias + w3 * raw
+        pre, pre1, pre2, pre3 = convolve(raw, w0, w1, w2, w3, bias, pre1, pre2, pre3)
         out = (pre * tl.sigmoid(pre)).to(xbc_ptr.dtype.element_ty)
         tl.store(out_ptr + i * stride * D_XBC, out, mask=valid)
 
@@ -75,12 +93,11 @@ def conv_forward(
 def conv_gradient(raw, grad, w0, w1, w2, w3, bias, pre1, pre2, pre3, sum1, sum2, sum3):
     """One step: the gradient before the SiLU, that of xBC three steps back, and the next sums.
 
-    pre: what this and earlier steps give the next three; sum: what later ones gave the last three.
+    sum: what later steps gave the last three.
     """
-    pre = pre1 + w0 * raw
+    pre, pre1, pre2, pre3 = convolve(raw, w0, w1, w2, w3, bias, pre1, pre2, pre3)
     s = tl.sigmoid(pre)
     grad *= s * (1 + pre * (1 - s))
-    pre1, pre2, pre3 = pre2 + w1 * raw, pre3 + w2 * raw, bias + w3 * raw
     total = sum3 + w3 * grad
     sum1, sum2, sum3 = w0 * grad, sum1 + w1 * grad, sum2 + w2 * grad
     return grad, total, pre1, pre2, pre3, sum1, sum2, sum3
@@ -104,16 +121,10 @@ def conv_backward(
     channel = (pid % blocks).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
     direction, part = pid // blocks % 2, pid // blocks // 2
     valid = channel < D_XBC
-    taps = weight_ptr + (direction * D_CONV + D_CONV - 1) * D_XBC + channel
-    w0 = tl.load(taps, mask=valid, other=0.0)
-    w1 = tl.load(taps - D_XBC, mask=valid, other=0.0)
-    bias = tl.load(bias_ptr + direction * D_XBC + channel, mask=valid, other=0.0)
+    w0, w1, w2, w3, bias = load_taps(
+        weight_ptr, bias_ptr, direction, channel, valid, D_XBC, D_CONV
+    )
     zero = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    w2, w3 = zero, zero
-    if D_CONV > 2:
-        w2 = tl.load(taps - 2 * D_XBC, mask=valid, other=0.0)
-    if D_CONV > 3:
-        w3 = tl.load(taps - 3 * D_XBC, mask=valid, other=0.0)
     dbias, dw0, dw1, dw2, dw3 = zero, zero, zero, zero, zero
     stride = (1 - 2 * direction) * 2 * step
     for piece in range(part * span, tl.minimum(part * span + span, sequences * chunks)):
@@ -124,12 +135,9 @@ def conv_backward(
         raw_ptr = proj_ptr + first * W + D_INNER + channel
         out_ptr = dproj_ptr + first * W + D_INNER + channel
         grad_ptr = dxbc_ptr + first * D_XBC + channel
-        before = channel < tl.where(start >= 3, D_XBC, 0)  # a piece is no shorter
-        raw1 = tl.load(raw_ptr + (start - 1) * stride * W, mask=before, other=0.0).to(tl.float32)
-        raw2 = tl.load(raw_ptr + (start - 2) * stride * W, mask=before, other=0.0).to(tl.float32)
-        raw3 = tl.load(raw_ptr + (start - 3) * stride * W, mask=before, other=0.0).to(tl.float32)
-        pre1 = bias + w1 * raw1 + w2 * raw2 + w3 * raw3
-        pre2, pre3 = bias + w2 * raw1 + w3 * raw2, bias + w3 * raw1
+        raw1, raw2, raw3, pre1, pre2, pre3 = steps_before(
+            raw_ptr, start, stride, channel, w1, w2, w3, bias, W, D_XBC
+        )
         sum1, sum2, sum3 = zero, zero, zero
         for i in tl.range(start, stop, num_stages=STAGES):
             raw = tl.load(raw_ptr + i * stride * W, mask=valid, other=0.0).to(tl.float32)

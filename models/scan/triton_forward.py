@@ -59,6 +59,24 @@ def triangle(cb, Q: tl.constexpr):
     return diagonal, tl.where(i[:, None] > i[None, :], cb, 0.0)
 
 
+@triton.jit
+def within_chunk(cb, own, x, dt, a, skip):
+    """The pairs of one chunk: the matrix that x is multiplied by, and what a step reads of itself.
+
+    The latter is undecayed and goes in float32, together with D.
+    """
+    mix = (cb * decay_matrix(a) * dt[None, :]).to(x.dtype)                           # q k
+    return mix, (skip + own * dt)[:, None] * x.to(tl.float32)                        # q p
+
+
+@triton.jit
+def next_state(state, b, x, dt, a, a_end, PRECISION: tl.constexpr):
+    """S' of a chunk, n p."""
+    weighted = (x.to(tl.float32) * (dt * tl.exp2(a_end - a))[:, None]).to(b.dtype)   # q p
+    state *= tl.exp2(a_end)
+    return tl.dot(tl.trans(b), weighted, state, input_precision=PRECISION)
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def dt_forward(
     proj_ptr, dt_bias_ptr, a_log_ptr, dt_ptr, decay_ptr,
@@ -95,21 +113,18 @@ def state_forward(
     q, n, p = tl.arange(0, Q), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
     head, lane = tile // SPLITS, tile % SPLITS * BLOCK_P + p
     at = n[:, None] * BLOCK_P + p[None, :]
-    dtype = xbc_ptr.dtype.element_ty
     state = tl.zeros((BLOCK_N, BLOCK_P), dtype=tl.float32)
     for chunk in range(chunks - 1):
         first, row = locate(group, chunk, inner, outer_stride, inner_stride, step, length, Q)
         xbc, inside = xbc_ptr + first * D_XBC, chunk * Q + q < length
         b = load_tile(xbc + D_INNER, row * D_XBC, n, inside, n < N)
-        x = load_tile(xbc + head * P, row * D_XBC, lane, inside, lane < P).to(tl.float32)
+        x = load_tile(xbc + head * P, row * D_XBC, lane, inside, lane < P)
         steps = ((group * H + head) * chunks + chunk) * Q
         dt, a = tl.load(dt_ptr + steps + q), tl.load(decay_ptr + steps + q)
         a_end = tl.load(decay_ptr + steps + Q - 1)
-        weighted = (x * (dt * tl.exp2(a_end - a))[:, None]).to(dtype)                # q p
-        state *= tl.exp2(a_end)
-        state = tl.dot(tl.trans(b), weighted, state, input_precision=PRECISION)      # n p
+        state = next_state(state, b, x, dt, a, a_end, PRECISION)
         slot = (group * (chunks - 1) + chunk) * H * SPLITS + tile
-        tl.store(state_ptr + slot * BLOCK_N * BLOCK_P + at, state.to(dtype))
+        tl.store(state_ptr + slot * BLOCK_N * BLOCK_P + at, state.to(b.dtype))
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -125,7 +140,6 @@ def sweep_forward(
     group, tile = pid // (H * SPLITS), (pid % (H * SPLITS)).to(tl.int32)
     q, n, p = tl.arange(0, Q), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
     head, lane = tile // SPLITS, tile % SPLITS * BLOCK_P + p
-    dtype = xbc_ptr.dtype.element_ty
     skip = tl.load(skip_ptr + group % 2 * H + head)
     state = tl.zeros((BLOCK_N, BLOCK_P), dtype=tl.float32)
     for chunk in range(chunks):
@@ -138,15 +152,11 @@ def sweep_forward(
         dt, a = tl.load(dt_ptr + steps + q), tl.load(decay_ptr + steps + q)
         a_end = tl.load(decay_ptr + steps + Q - 1)
         own, cb = triangle(tl.dot(c, tl.trans(b), input_precision=PRECISION), Q)     # q k
-        mix = (cb * decay_matrix(a) * dt[None, :]).to(dtype)                         # q k
-        # A step reads itself undecayed: in float32, together with D.
-        y = tl.exp2(a)[:, None] * tl.dot(c, state.to(dtype), input_precision=PRECISION)
-        y += (skip + own * dt)[:, None] * x.to(tl.float32)
+        mix, y = within_chunk(cb, own, x, dt, a, skip)
+        y += tl.exp2(a)[:, None] * tl.dot(c, state.to(c.dtype), input_precision=PRECISION)
         y = tl.dot(mix, x, y, input_precision=PRECISION)                             # q p
         store_tile(y_ptr + first * D_INNER + head * P, row * D_INNER, lane, y, inside, lane < P)
-        weighted = (x.to(tl.float32) * (dt * tl.exp2(a_end - a))[:, None]).to(dtype) # q p
-        state *= tl.exp2(a_end)
-        state = tl.dot(tl.trans(b), weighted, state, input_precision=PRECISION)      # n p
+        state = next_state(state, b, x, dt, a, a_end, PRECISION)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -162,7 +172,6 @@ def chunk_forward(
     first, row = locate(group, 0, inner, outer_stride, inner_stride, step, length, Q)
     q, n, p = tl.arange(0, Q), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
     xbc, inside = xbc_ptr + first * D_XBC, q < length
-    dtype = xbc_ptr.dtype.element_ty
     b = load_tile(xbc + D_INNER, row * D_XBC, n, inside, n < N)
     c = load_tile(xbc + D_INNER + N, row * D_XBC, n, inside, n < N)
     own, cb = triangle(tl.dot(c, tl.trans(b), input_precision=PRECISION), Q)         # q k
@@ -171,9 +180,7 @@ def chunk_forward(
         steps = (group * H + head) * Q
         dt, a = tl.load(dt_ptr + steps + q), tl.load(decay_ptr + steps + q)
         x = load_tile(xbc + head * P, row * D_XBC, lane, inside, lane < P)
-        mix = (cb * decay_matrix(a) * dt[None, :]).to(dtype)                         # q k
-        # A step reads itself undecayed: in float32, together with D.
-        y = (tl.load(skip_ptr + group % 2 * H + head) + own * dt)[:, None] * x.to(tl.float32)
+        mix, y = within_chunk(cb, own, x, dt, a, tl.load(skip_ptr + group % 2 * H + head))
         y = tl.dot(mix, x, y, input_precision=PRECISION)                             # q p
         store_tile(y_ptr + first * D_INNER + head * P, row * D_INNER, lane, y, inside, lane < P)
 

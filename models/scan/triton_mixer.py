@@ -96,15 +96,17 @@ def mixer_forward(
         scan = _prepare(proj, params, plan)
         normal = proj.new_empty(*proj.shape[:-1], plan.d_inner)
         y = normal if y is None else y
-        kernel, programs, launch = forward_kernels.chunk_forward, plan.programs, "chunk_forward"
         if plan.several:
-            kernel, programs = forward_kernels.sweep_forward, plan.sequences * 2 * plan.tiles
-            launch = "sweep_forward"
+            kernel, launch = forward_kernels.sweep_forward, plan.config.sweep_forward
+            programs = plan.sequences * 2 * plan.tiles
+        else:
+            kernel, launch = forward_kernels.chunk_forward, plan.config.chunk_forward
+            programs = plan.programs
         kernel[(programs,)](
             *(scan.xbc, params.D, scan.dt, scan.decay, y),
             *plan.geometry,
             **plan.sizes(*SCAN_SIZES),
-            **getattr(plan.config, launch).options(),
+            **launch.options(),
         )
         return _gate_forward(proj, y, normal, eps)
 
