@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import scaling
 from benchmarks.report import environment, markdown_table, save
-from benchmarks.scaling import Launch
+from benchmarks.runs import Launch
 from models.errors import InputError, run_command
 from training.data import synthetic
 

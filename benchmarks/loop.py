@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.report import Cell, environment, markdown_table, save
+from benchmarks.runs import MAIN, Launch, median_step, steady
 from benchmarks.timing import free_memory, synchronize
 from models.errors import InputError, run_command
 from training.config import load_config
@@ -33,49 +30,10 @@ from training.run_folder import RunFolder
 from training.trainer import Trainer
 from training.validation import round_trip
 
-MAIN = Path(__file__).parents[1]
 COLUMNS = ("what", "value", "goal")
 WARMUP = 3
 NEVER = 1_000_000
 _AFTER = 5  # steps in which a checkpoint is written
-
-
-@dataclass(frozen=True)
-class Runs:
-    """How the runs are started: configuration, shared overrides, and where they write."""
-
-    config: Path
-    words: Sequence[str]
-    folder: Path
-
-    def train(self, name: str, *words: str) -> tuple[list[dict[str, Any]], str, float]:
-        """A run in `folder/name`: its new rows, its output, and seconds until the first row.
-
-        Raises:
-            InputError: it failed; the message ends with its last lines.
-        """
-        metrics = self.folder / name / "metrics.jsonl"
-        before = len(_lines(metrics))
-        command = [sys.executable, "-m", "training.train", "--config", str(self.config)]
-        command += [*self.words, f"run.dir={self.folder / name}", *words]
-        start, first = time.monotonic(), 0.0
-        log = self.folder / f"{name}.log"
-        with log.open("w") as output:
-            process = subprocess.Popen(command, cwd=MAIN, stdout=output, stderr=output)
-            while process.poll() is None:
-                if not first and len(_lines(metrics)) > before:
-                    first = time.monotonic() - start
-                time.sleep(0.02)
-        text = log.read_text(encoding="utf-8")
-        if process.returncode:
-            last = " | ".join(text.splitlines()[-5:])
-            raise InputError(f"{name} failed ({process.returncode}): {last}")
-        return [json.loads(line) for line in _lines(metrics)[before:]], text, first
-
-
-def _lines(path: Path) -> list[str]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [line for line in lines if line.endswith("}")]
 
 
 def bare_step(config_path: Path, words: Sequence[str], steps: int) -> float:
@@ -103,7 +61,7 @@ def bare_step(config_path: Path, words: Sequence[str], steps: int) -> float:
     return seconds
 
 
-def measure(runs: Runs, steps: int) -> list[dict[str, Cell]]:
+def measure(launch: Launch, steps: int) -> list[dict[str, Cell]]:
     """All rows; `goal` is what is aimed for, where there is such a number."""
     table: list[dict[str, Cell]] = []
 
@@ -113,43 +71,39 @@ def measure(runs: Runs, steps: int) -> list[dict[str, Cell]]:
 
     limit = f"training.max_steps={steps}"
     never = [f"training.{kind}_every={NEVER}" for kind in ("validate", "checkpoint")]
-    bare = bare_step(runs.config, [*runs.words, *never], max(WARMUP, steps // 3))
+    bare = bare_step(launch.config, [*launch.words, *never], max(WARMUP, steps // 3))
     note("step without the loop, s", bare)
-    _, text, _ = runs.train("dry", "--dry-run", *never)
-    found = re.search(r"peak memory: ([\d.]+) GiB", text)
-    rows, _, _ = runs.train("plain", limit, "training.log_every=10", *never)
-    plain = _step(rows)
+    launch.finish("dry", None, "--dry-run", *never)
+    found = re.search(r"peak memory: ([\d.]+) GiB", launch.output("dry"))
+    rows = launch.finish("plain", None, limit, "training.log_every=10", *never)
+    plain = median_step(steady(rows))
     note("step in the loop, s", plain)
     note("the loop's own share", plain / bare - 1, "below 0.02")
     note("share of waiting for data", statistics.mean(r["data_wait_share"] for r in rows[1:-1]))
     saving = ["training.log_every=10", never[0], "training.checkpoint_every=10"]
-    rows, _, _ = runs.train("saving", limit, *saving)
-    note("a checkpoint costs, steps", 10 * (_step(rows) / plain - 1))
+    rows = launch.finish("saving", None, limit, *saving)
+    note("a checkpoint costs, steps", 10 * (median_step(steady(rows)) / plain - 1))
     peak = rows[-1].get("gpu_memory_gib")
     if found and peak:
         note("memory that --dry-run predicts, GiB", float(found[1]))
         note("memory of a run with checkpoints, GiB", peak, "10 % of the line above")
     every = max(_AFTER + 1, steps // 4)
     watched = ["training.log_every=1", never[0], f"training.checkpoint_every={every}"]
-    rows, _, _ = runs.train("watched", limit, *watched)
+    rows = launch.finish("watched", None, limit, *watched)
     longest, mean = _beside_checkpoints([row["seconds_per_step"] for row in rows], every)
     note("longest step beside a checkpoint, of the others' median", longest, "below 1.1")
     note("mean step beside a checkpoint, of the others' median", mean)
     more = [f"training.max_steps={steps + 2}", "--resume", "auto"]
-    _, _, first = runs.train("watched", *more, *watched)
+    started = time.time()
+    resumed = launch.finish("watched", None, *more, *watched)[steps]
+    first = launch.first_step("watched", started, resumed)
     note("start of the process to the first step when resuming, s", first, "below 20")
     same = ["training.log_every=1", "training.max_steps=10", "training.deterministic=true", *never]
-    pair = [runs.train(f"deterministic_{number}", *same)[0] for number in (1, 2)]
+    pair = [launch.finish(f"deterministic_{number}", None, *same) for number in (1, 2)]
     losses = [[row["loss"] for row in rows] for rows in pair]
     note("deterministic: two runs are equal", str(losses[0] == losses[1]), "True")
-    median = statistics.median(row["seconds_per_step"] for row in pair[0][WARMUP:])
-    note("deterministic: a step, of the plain one", median / plain)
+    note("deterministic: a step, of the plain one", median_step(pair[0][WARMUP:]) / plain)
     return table
-
-
-def _step(rows: Sequence[dict[str, Any]]) -> float:
-    """Seconds of a step, neither the start nor the end of the run counted."""
-    return statistics.median(row["seconds_per_step"] for row in rows[len(rows) // 3 : -1])
 
 
 def _beside_checkpoints(seconds: Sequence[float], every: int) -> tuple[float, float]:
@@ -186,9 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), end="\n\n")
     with tempfile.TemporaryDirectory() as folder:
         synthetic.main([f"{folder}/data", "--tracks", "12", "--seconds", "30"])
-        words = [f"data.root={folder}/data", f"training.device={name}", "run.tensorboard=false"]
+        words = [f"data.root={folder}/data", f"training.device={name}"]
         words += ["training.accumulation=1", "training.max_minutes=null", *args.overrides]
-        rows = measure(Runs(args.config.resolve(), words, Path(folder)), args.steps)
+        rows = measure(Launch(args.config.resolve(), Path(folder), words), args.steps)
     print(markdown_table(rows, COLUMNS))
     save(args.json, {"environment": facts, "rows": rows})
     return 0

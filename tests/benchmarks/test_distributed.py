@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import benchmark_distributed
-from benchmarks.scaling import Launch
+from benchmarks.runs import Launch
 from models.errors import InputError
 
 

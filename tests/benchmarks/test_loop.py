@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import loop
+from benchmarks.runs import Launch, median_step, steady
 from models import InputError
 
 EVERY = 10
@@ -25,14 +26,14 @@ def test_steps_beside_checkpoints_are_held_against_the_others() -> None:
 
 def test_a_step_is_the_median_without_start_and_end() -> None:
     rows = [{"seconds_per_step": s} for s in (9.0, 9.0, 1.0, 2.0, 1.0, 8.0)]
-    assert loop._step(rows) == 1.0
+    assert median_step(steady(rows)) == 1.0
 
 
 def test_a_run_that_fails_is_told_with_its_last_lines(tmp_path: Path) -> None:
     config = loop.MAIN / "configs" / "demo.yaml"
-    runs = loop.Runs(config, [f"data.root={tmp_path / 'none'}"], tmp_path)
+    launch = Launch(config, tmp_path, [f"data.root={tmp_path / 'none'}"])
     with pytest.raises(InputError, match=r"first failed \(2\).*none"):
-        runs.train("first")
+        launch.finish("first", None)
 
 
 def test_too_few_steps_are_refused() -> None:
