@@ -48,6 +48,16 @@ def golden() -> Callable[[str], dict[str, Any]]:
 
 
 @pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill every uninitialised tensor with NaN: whatever a kernel leaves unwritten shows."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *a, plain=plain, **k: plain(*a, **k).fill_(float("nan"))
+        )
+
+
+@pytest.fixture
 def assert_close() -> Callable[..., None]:
     """Relative error ||a - b|| / ||b|| below a bound, named by the tensor; NaN never passes."""
 
