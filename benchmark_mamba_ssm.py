@@ -92,8 +92,17 @@ def compare(rows: list[dict[str, Cell]]) -> None:
             row["speed-up"] = first / mine
 
 
-def run_part(name: str, setting: Setting, seconds: float, quick: bool) -> list[dict[str, Cell]]:
-    """All rows of one part at one clip length."""
+def run_part(
+    name: str,
+    setting: Setting,
+    seconds: float,
+    quick: bool,
+    note: Callable[[list[dict[str, Cell]]], None] = lambda rows: None,
+) -> list[dict[str, Cell]]:
+    """All rows of one part at one clip length.
+
+    note: called with what is measured so far.
+    """
     rows: list[dict[str, Cell]] = []
     expected: dict[str, Tensor | None] = {}
     for case in PARTS[name](setting, seconds):
@@ -111,7 +120,8 @@ def run_part(name: str, setting: Setting, seconds: float, quick: bool) -> list[d
                 continue
             row = time_case(case, setting, backward)
             rows.append({"seconds": seconds, **row, "error": error})
-    compare(rows)
+            compare(rows)
+            note(rows)
     return rows
 
 
@@ -194,22 +204,23 @@ def main(argv: list[str] | None = None) -> int:
     facts["command"] = "python benchmark_mamba_ssm.py " + " ".join(argv or sys.argv[1:])
     print("\n".join(f"{name}: {value}" for name, value in facts.items()), end="\n\n")
 
-    def note(rows: list[dict[str, Any]]) -> None:
-        save(args.json, {"environment": facts, "rows": rows})
+    rows: list[dict[str, Any]] = []
 
+    def note(latest: list[dict[str, Any]]) -> None:
+        save(args.json, {"environment": facts, "rows": rows + latest})
+
+    columns: Sequence[str] = COLUMNS
     if args.training:
-        rows: list[dict[str, Any]] = training_step.rows(setting, args.seconds, note)
-        columns: Sequence[str] = training_step.COLUMNS
+        columns = training_step.COLUMNS
+        rows = training_step.rows(setting, args.seconds, note)
     else:
         short = args.quick or setting.device.type == "cpu"
-        rows, columns = [], COLUMNS
         for seconds in args.seconds or (QUICK_SECONDS if short else PAPER_SECONDS):
             for part in args.parts:
-                rows += run_part(part, setting, seconds, args.quick)
-                note(rows)
+                rows += run_part(part, setting, seconds, args.quick, note)
     print(markdown_table(rows, columns), end="\n\n")
     print(training_step.verdict(rows) if args.training else verdict(rows))
-    note(rows)
+    note([])
     return 0
 
 
