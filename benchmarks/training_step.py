@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -78,16 +79,22 @@ def verdict(table: Sequence[dict[str, Any]]) -> str:
 
 
 def _row(setting: Setting, backend: str, seconds: float, batch: int) -> dict[str, Any]:
+    """Times of one backend, with half the batch again and again until memory suffices."""
     print(f"  {backend}, {batch} x {seconds:g} s", file=sys.stderr, flush=True)
     row: dict[str, Any] = {"backend": backend, "seconds": seconds, "batch": batch}
     if (seconds, batch) == (SHORT_SECONDS, 1):
         row["note"] = "short segment"
     free_memory(setting.device)
-    try:
-        times, step, peak = _measure(setting, backend, seconds, batch)
-    except torch.OutOfMemoryError:
+    measured = None
+    with contextlib.suppress(torch.OutOfMemoryError):
+        measured = _measure(setting, backend, seconds, batch)
+    if measured is None:
         free_memory(setting.device)
-        return row | {"step ms": "out of memory"}
+        if batch == 1:
+            return row | {"step ms": "out of memory"}
+        smaller = _row(setting, backend, seconds, batch // 2)
+        return {"note": f"out of memory with {batch}"} | smaller
+    times, step, peak = measured
     row |= {f"{name} ms": value for name, value in times.items()}
     rate = 1e3 * batch / step
     return row | {"step ms": step, "peak GiB": peak, "examples/s": rate, "music": rate * seconds}
@@ -177,8 +184,8 @@ class _Step:
             laps[name] = laps.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
             return result
 
-        device, model = self.setting.device, self.model
-        batch = lap("data", lambda: {k: v.to(device) for k, v in next(self.batches).items()})
+        model = self.model
+        batch = lap("data", self._batch)
         spec = lap("stft", lambda: model.stft(batch["mixture"]))
         target = lap("stft", lambda: round_trip(model, batch["target"]))
         stems = lap("network", lambda: self._network(spec))
@@ -188,6 +195,10 @@ class _Step:
         lap("backward", loss.backward)
         lap("optimizer", self._update)
         return laps
+
+    def _batch(self) -> dict[str, Tensor]:
+        device = self.setting.device
+        return {k: v.to(device, non_blocking=True) for k, v in next(self.batches).items()}
 
     def _network(self, spec: Tensor) -> Tensor:
         setting = self.setting

@@ -120,13 +120,10 @@ def equal_runs(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
     return runs
 
 
-def grouped_linear(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
-    """One linear layer of its own for every index of k, as one product. b t k i -> b t k o"""
+def grouped_linear(rows: Tensor, layers: Sequence[nn.Module]) -> Tensor:
+    """One linear layer of its own for every index of k, as one product. k r i -> k r o"""
     weight, bias = stacked(layers, "weight"), stacked(layers, "bias")  # k o i, k o
-    batch, frames, bands, _ = x.shape
-    rows = x.flatten(0, 1).transpose(0, 1)  # k bt i
-    y = torch.baddbmm(bias[:, None], rows, weight.transpose(1, 2))  # k bt o
-    return y.transpose(0, 1).unflatten(0, (batch, frames))
+    return torch.baddbmm(bias[:, None], rows, weight.transpose(1, 2))
 
 
 class BandSplit(nn.Module):
@@ -147,9 +144,9 @@ class BandSplit(nn.Module):
         for (first, count, size), part in zip(runs, parts, strict=True):
             norms, linears = zip(*self.to_features[first : first + count], strict=True)
             normal = unit_rms(part.unflatten(-1, (count, size)))  # b t k i
-            normal = normal * stacked(norms, "gamma")
-            bands.append(grouped_linear(normal, linears))  # b t k d
-        return torch.cat(bands, dim=2)
+            normal = (normal * stacked(norms, "gamma")).flatten(0, 1).transpose(0, 1)  # k bt i
+            bands.append(grouped_linear(normal, linears).transpose(0, 1))  # bt k d
+        return torch.cat(bands, dim=1).unflatten(0, features.shape[:2])
 
 
 class MaskEstimator(nn.Module):
@@ -175,16 +172,18 @@ class MaskEstimator(nn.Module):
         """`[b, t, k, d]` -> `[b, t, f c 2]`"""
         perceptrons, _ = zip(*self.to_freqs, strict=True)
         *hidden, outputs = list(zip(*perceptrons, strict=True))  # layer by layer, all bands
+        # Bands first throughout: any other order costs copies of the widest layer.
+        rows = x.flatten(0, 1).transpose(0, 1)  # k bt d
         for layers in hidden[::2]:  # Linear, Tanh, Linear, Tanh ...
-            x = torch.tanh(grouped_linear(x, layers))  # b t k 4d
+            rows = torch.tanh(grouped_linear(rows, layers))  # k bt 4d
         runs = equal_runs(self.sizes)
-        # One split: the gradient of a slice would be as large as x, for every slice.
-        parts = x.split([count for _, count, _ in runs], dim=2)
+        # One split: the gradient of a slice would be as large as rows, for every slice.
+        parts = rows.split([count for _, count, _ in runs])
         masks = []
         for (first, count, _), part in zip(runs, parts, strict=True):
-            gated = F.glu(grouped_linear(part, outputs[first : first + count]), dim=-1)
-            masks.append(gated.flatten(2))
-        return torch.cat(masks, dim=-1)
+            gated = F.glu(grouped_linear(part, outputs[first : first + count]), dim=-1)  # k bt fc2
+            masks.append(gated.transpose(0, 1).flatten(1))
+        return torch.cat(masks, dim=-1).unflatten(0, x.shape[:2])
 
 
 class BSMamba2(nn.Module):
@@ -207,6 +206,10 @@ class BSMamba2(nn.Module):
             )
 
         self.layers = nn.ModuleList(nn.ModuleList([block(), block()]) for _ in range(config.depth))
+        # The backward pass begins with the last block, whose work then lies in memory anyway.
+        last = self.layers[-1].get_submodule("1")
+        assert isinstance(last, Mamba2Block)
+        last.keeps_work = not config.gradient_checkpointing
         self.final_norm = BandNorm(config.dim)
         self.band_split = BandSplit(config)
         self.mask_estimators = nn.ModuleList(MaskEstimator(config) for _ in range(config.num_stems))

@@ -186,6 +186,10 @@ class Mamba2Block(nn.Module):
     projections: y = x + x (W_f + W_b) + core_f (O_f W_f) + core_b (O_b W_b) + b.
 
     Arguments as for `Mamba2Mixer`.
+
+    Attributes:
+        keeps_work: keep projection and convolution for the backward pass, which on Triton computes
+            them again otherwise.
     """
 
     def __init__(
@@ -205,6 +209,7 @@ class Mamba2Block(nn.Module):
 
         self.scan_backend = scan_backend
         self.d_conv = d_conv
+        self.keeps_work = False
         self.forward_blocks = direction()
         self.backward_blocks = direction()
         self.linear = nn.ConvTranspose1d(2 * d_model, d_model, 1)
@@ -258,6 +263,7 @@ class Mamba2Block(nn.Module):
             stack_parameters(directions),
             "time" if axis % 4 == 1 else "band",
             torch.get_float32_matmul_precision() != "highest",
+            self.keeps_work,
         )
 
     @staticmethod

@@ -8,22 +8,23 @@ by part, since what they work with is several times what is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.scan.triton_mixer import (
+    Scan,
     gate_backward,
     mixer_forward,
     norm_backward,
     norm_forward,
     output_forward,
+    prepare,
     scan_backward,
 )
-from models.scan.triton_plan import MixerParameters, make_plan
+from models.scan.triton_plan import MixerParameters, Plan, make_plan
 
 EPS = 1e-5
 # Tokens worked on at once: all up to six clips of 8 s, of more clips three. A part of three is 2 %
@@ -40,6 +41,7 @@ def mamba2_block(
     params: MixerParameters,
     axis: str,
     allow_tf32: bool = False,
+    keeps_work: bool = False,
 ) -> Tensor:
     """x + x skip + bias + mixers(norm(x) w_in^T) w_out, both directions in one.
 
@@ -52,6 +54,8 @@ def mamba2_block(
         params: both directions' parameters, as for `mixer_core`.
         axis: "time" or "band".
         allow_tf32: let float32 products of the scan run as TF32.
+        keeps_work: keep what the first backward pass would compute again, unless the batch is taken
+            in parts.
 
     Returns:
         `[b, t, k, d_model]` in x's dtype.
@@ -61,41 +65,53 @@ def mamba2_block(
     """
     arguments = (x.contiguous(), w_in, w_out, skip, bias, *params.floats())
     if torch.is_grad_enabled():
-        return _Block.apply(*arguments, axis, allow_tf32)
+        return _Block.apply(*arguments, axis, allow_tf32, keeps_work)
     return _forward(arguments, axis, allow_tf32)
 
 
-def _project(x: Tensor, w_in: Tensor) -> tuple[Tensor, Tensor]:
-    """The normalised input `[b, t, k, d]`, and z, xBC and dt `[b, t, k, 2, w]`."""
+class _Work(NamedTuple):
+    """What both passes begin with."""
+
+    normal: Tensor  # b t k d: the normalised input
+    proj: Tensor  # b t k 2 w: z, xBC and dt
+    plan: Plan
+    scan: Scan
+
+
+def _start(x: Tensor, w_in: Tensor, params: MixerParameters, axis: str, allow_tf32: bool) -> _Work:
     normal = norm_forward(x, EPS)
     # The product in the weights' type, whatever autocast says.
     with torch.autocast(x.device.type, enabled=False):
-        return normal, F.linear(normal, w_in).unflatten(-1, (2, -1))
+        proj = F.linear(normal, w_in).unflatten(-1, (2, -1))
+    plan = make_plan(proj, params, axis, allow_tf32, None)
+    return _Work(normal, proj, plan, prepare(proj, params, plan))
 
 
-def _slices(x: Tensor) -> Iterator[slice]:
+def _slices(x: Tensor) -> list[slice]:
     """Parts of the batch that are worked on at once."""
     tokens = x[0, ..., 0].numel()
     clips = len(x) if len(x) * tokens <= WHOLE_TOKENS else max(1, PART_TOKENS // tokens)
-    return (slice(start, start + clips) for start in range(0, len(x), clips))
+    return [slice(start, start + clips) for start in range(0, len(x), clips)]
 
 
 def _forward(
-    arguments: tuple[Tensor, ...], axis: str, allow_tf32: bool, y: Tensor | None = None
+    arguments: tuple[Tensor, ...],
+    axis: str,
+    allow_tf32: bool,
+    y: Tensor | None = None,
+    works: list[_Work] | None = None,
 ) -> Tensor:
-    """The output; y receives the scan's output, which the backward pass needs.
-
-    The projection is dropped here; a block with memory to spare could keep it for its backward
-    pass, which then starts after `_project`.
-    """
+    """The output; y receives the scan's output, `works` what the backward pass begins with."""
     x, w_in, w_out, skip, bias, *tensors = arguments
     params, out = MixerParameters(*tensors), torch.empty_like(x)
     with torch.autocast(x.device.type, enabled=False):
         for part in _slices(x):
-            _, proj = _project(x[part], w_in)
-            plan = make_plan(proj, params, axis, allow_tf32, None)
-            normal = mixer_forward(proj, params, plan, EPS, None if y is None else y[part])
-            del proj
+            work = _start(x[part], w_in, params, axis, allow_tf32)
+            kept = None if y is None else y[part]
+            normal = mixer_forward(work.proj, work.scan, params, work.plan, EPS, kept)
+            if works is not None:
+                works.append(work)
+            del work  # before the next part's, which is as large
             output_forward(x[part], normal, w_out, skip, bias, out[part])
     return out
 
@@ -103,10 +119,12 @@ def _forward(
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *arguments, ctx.axis, ctx.allow_tf32 = args
+        *arguments, ctx.axis, ctx.allow_tf32, keeps_work = args
         x, _, w_out = arguments[:3]
         y = x.new_empty(*x.shape[:-1], 2, len(w_out) // 2)
-        out = _forward(tuple(arguments), ctx.axis, ctx.allow_tf32, y)
+        ctx.works = []  # used up by the first backward pass; another one makes its own
+        works = ctx.works if keeps_work and len(_slices(x)) == 1 else None
+        out = _forward(tuple(arguments), ctx.axis, ctx.allow_tf32, y, works)
         ctx.save_for_backward(*arguments, y)
         return out
 
@@ -123,7 +141,7 @@ class _Block(torch.autograd.Function):
             floats = [gradient.float() for gradient in gradients]
             totals = [a + b for a, b in zip(totals, floats, strict=True)] if totals else floats
         weights = [total.to(x.dtype) for total in totals[:4]]
-        return dx, *weights, *totals[4:], None, None
+        return dx, *weights, *totals[4:], None, None, None
 
 
 def _backward(
@@ -132,8 +150,9 @@ def _backward(
     """Gradients of a part: that of x into dx; those of all other arguments are returned."""
     w_in, w_out, skip, _, *tensors = arguments
     params = MixerParameters(*tensors)
-    normal, proj = _project(x, w_in)
-    plan = make_plan(proj, params, ctx.axis, ctx.allow_tf32, None)
+    kept = ctx.works.pop() if ctx.works else None
+    normal, proj, plan, scan = kept or _start(x, w_in, params, ctx.axis, ctx.allow_tf32)
+    del kept  # with it, the last name but these
     dproj = torch.empty_like(proj)
     rows = dout.view(-1, x.shape[-1])  # btk d
     flat, dflat = x.view_as(rows), dx.view_as(rows)
@@ -141,8 +160,8 @@ def _backward(
     mixed = gate_backward(proj, y, dmixed, dproj, EPS)
     dw_out = mixed.view(len(rows), -1).T @ rows
     del mixed
-    grads = scan_backward(dmixed, proj, params, dproj, plan)
-    del proj, dmixed
+    grads = scan_backward(dmixed, proj, scan, params, dproj, plan)
+    del proj, dmixed, scan
     drows = dproj.view(len(rows), -1)  # btk 2w
     dw_in = drows.T @ normal.view_as(rows)
     torch.addmm(rows, rows, skip.T, out=dflat)

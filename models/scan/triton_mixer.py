@@ -1,8 +1,9 @@
 """Both directions of a Mamba-2 block after its input projection, on Triton.
 
-`mixer_forward` takes the input projection to the output projection's input, `output_forward` that
-to the block's output; `gate_backward` and `scan_backward` take the gradient back. Between them only
-the scan's output y is kept, beside the projection that the caller keeps or computes again.
+`prepare` and `mixer_forward` take the input projection to the output projection's input,
+`output_forward` that to the block's output; `gate_backward` and `scan_backward` take the gradient
+back. Between them only the scan's output y is kept, beside the projection and what `prepare` makes
+of it, which the caller keeps or computes again.
 `mixer_core` is all between the projections as one differentiable function.
 """
 
@@ -38,7 +39,7 @@ OUTPUT_TOKENS, OUTPUT_STEP = 128, 64
 ROW_TILE = 1024
 
 
-class _Scan(NamedTuple):
+class Scan(NamedTuple):
     """What the kernels after the first ones read."""
 
     xbc: Tensor  # b t k 2 (d_inner + 2 n): x, B, C after convolution and SiLU
@@ -50,8 +51,13 @@ def _float_empty(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, device=like.device, dtype=torch.float32)
 
 
-def _prepare(proj: Tensor, params: MixerParameters, plan: Plan) -> _Scan:
+def prepare(proj: Tensor, params: MixerParameters, plan: Plan) -> Scan:
     """The convolution, and dt with its cumulative decay."""
+    with torch.cuda.device_of(proj):
+        return _prepare(proj, params, plan)
+
+
+def _prepare(proj: Tensor, params: MixerParameters, plan: Plan) -> Scan:
     xbc = proj.new_empty(*proj.shape[:-1], plan.d_xbc)
     pieces = triton.cdiv(plan.length, CONV_PIECE)
     blocks = triton.cdiv(plan.d_xbc, CONV_CHANNELS)
@@ -68,10 +74,10 @@ def _prepare(proj: Tensor, params: MixerParameters, plan: Plan) -> _Scan:
         *plan.geometry,
         **plan.sizes("W", "H", "Q", "BLOCK_H"),
     )
-    return _Scan(xbc, dt, decay)
+    return Scan(xbc, dt, decay)
 
 
-def _states(scan: _Scan, plan: Plan) -> Tensor:
+def _states(scan: Scan, plan: Plan) -> Tensor:
     """The state that each chunk but the first starts from `[s 2 (chunks - 1) tiles, n, p]`."""
     slots = plan.sequences * 2 * (plan.chunks - 1) * plan.tiles
     states = scan.xbc.new_empty(slots, plan.block_n, plan.block_p)
@@ -86,14 +92,18 @@ def _states(scan: _Scan, plan: Plan) -> Tensor:
 
 
 def mixer_forward(
-    proj: Tensor, params: MixerParameters, plan: Plan, eps: float, y: Tensor | None = None
+    proj: Tensor,
+    scan: Scan,
+    params: MixerParameters,
+    plan: Plan,
+    eps: float,
+    y: Tensor | None = None,
 ) -> Tensor:
     """The output projection's input `[b, t, k, 2, d_inner]`.
 
     y: receives the scan's output, D x included, before the gate; the same shape.
     """
     with torch.cuda.device_of(proj):
-        scan = _prepare(proj, params, plan)
         normal = proj.new_empty(*proj.shape[:-1], plan.d_inner)
         y = normal if y is None else y
         if plan.several:
@@ -148,11 +158,13 @@ def output_forward(
 
 
 def scan_backward(
-    dy: Tensor, proj: Tensor, params: MixerParameters, dproj: Tensor, plan: Plan
+    dy: Tensor, proj: Tensor, scan: Scan, params: MixerParameters, dproj: Tensor, plan: Plan
 ) -> MixerParameters:
-    """Write the gradients of xBC and dt into dproj; return those of the parameters."""
+    """Write the gradients of xBC and dt into dproj; return those of the parameters.
+
+    scan.xbc is overwritten.
+    """
     with torch.cuda.device_of(proj):
-        scan = _prepare(proj, params, plan)
         states = _states(scan, plan)
         shape = (plan.sequences, 2, plan.tiles, plan.chunks * plan.config.chunk)
         query, key, pair = _float_empty(proj, 3, *shape)
@@ -178,7 +190,7 @@ def scan_backward(
 
 
 def _state_backward(
-    scan: _Scan, states: Tensor, dy: Tensor, dproj: Tensor, plan: Plan, shape: tuple[int, ...]
+    scan: Scan, states: Tensor, dy: Tensor, dproj: Tensor, plan: Plan, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The terms that pass through the states: `read`, `written`, `kept`, and those of B and C.
 
@@ -289,7 +301,8 @@ class _MixerCore(torch.autograd.Function):
         ctx.plan, ctx.eps = make_plan(proj, params, axis, allow_tf32, config), eps
         y = proj.new_empty(*proj.shape[:-1], ctx.plan.d_inner)
         ctx.save_for_backward(proj, *params, y)
-        return mixer_forward(proj, params, ctx.plan, eps, y)
+        scan = prepare(proj, params, ctx.plan)
+        return mixer_forward(proj, scan, params, ctx.plan, eps, y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -298,7 +311,9 @@ class _MixerCore(torch.autograd.Function):
         dproj = torch.empty_like(proj)
         dy = dout.to(proj.dtype, memory_format=torch.contiguous_format, copy=True)
         gate_backward(proj, y, dy, dproj, ctx.eps)
-        grads = scan_backward(dy, proj, MixerParameters(*tensors), dproj, ctx.plan)
+        params = MixerParameters(*tensors)
+        scan = prepare(proj, params, ctx.plan)
+        grads = scan_backward(dy, proj, scan, params, dproj, ctx.plan)
         return dproj, *grads, None, None, None, None
 
 

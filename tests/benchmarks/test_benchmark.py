@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 import benchmark_mamba_ssm
+from benchmarks import training_step
 from benchmarks.report import markdown_table, show
 from benchmarks.timing import measure
 from models import InputError
@@ -55,6 +57,26 @@ def test_out_of_memory_is_a_cell():
 
     timing = measure(run, CPU)
     assert timing.median_ms is None and timing.failure == "out of memory"
+
+
+def test_training_step_halves_the_batch_until_it_fits(monkeypatch):
+    tried = []
+
+    def step(setting, backend, seconds, batch):
+        tried.append(batch)
+        if batch > fits:
+            raise torch.OutOfMemoryError("2 GiB")
+        return {"data": 1.0}, 500.0, 3.0
+
+    monkeypatch.setattr(training_step, "_measure", step)
+    monkeypatch.setattr(training_step, "runnable_backends", lambda *_, **__: ["chunked"])
+    setting = benchmark_mamba_ssm.make_setting(benchmark_mamba_ssm.parse(["--device", "cpu"]))
+    setting, fits = replace(setting, batch=5), 1
+    row = training_step.rows(setting, [8.0])[-1]
+    assert tried[-3:] == [5, 2, 1]
+    assert row["note"] == "out of memory with 2" and row["examples/s"] == 2.0
+    fits = 0
+    assert training_step.rows(setting, [8.0])[-1]["step ms"] == "out of memory"
 
 
 def test_median_is_of_the_calls_after_the_first():
