@@ -46,7 +46,7 @@ from training.state import (
     training_state,
 )
 from training.validation import round_trip, show_examples, tell_of_silence, validate
-from training.writer import BackgroundWriter, snapshot
+from training.writer import BackgroundWriter, on_host, snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -326,18 +326,19 @@ class Trainer:
             return
         weights, step, usdr = snapshot(self.weights()), self.step, self.position.best_usdr
         config = self.config.model
-        self.writer.submit(lambda: self.folder.save_best(config, weights, step, usdr))
+        self.writer.submit(lambda: self.folder.save_best(config, on_host(weights), step, usdr))
 
     def save(self, taken: tuple[Any, Any] | None = None) -> None:
         """Write, in the background, a checkpoint that `--resume` goes on from; rank 0's task.
 
         taken: what `_snapshot` gave for this step; None takes it now.
         """
-        weights, training = taken or self._snapshot()
+        copies = taken or self._snapshot()
         config, step = self.config.model, self.step
 
         def write() -> None:
-            training["skipped"] = int(training["skipped"])  # waits for the step, in this thread
+            weights, training = on_host(copies)  # waits for the step, in this thread
+            training["skipped"] = int(training["skipped"])
             self.folder.save_last(config, weights, training, step)
 
         self.writer.submit(write)

@@ -12,27 +12,51 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from models.errors import InputError
+
+_ALIGNMENT = 16  # elements: a copied tensor starts where vector loads can
 
 
 @torch.no_grad()
 def snapshot(state: Any) -> Any:
     """A copy of nested containers whose tensors no later step changes, each on its device.
 
-    Nothing waits for the device: the copies are queued behind the steps before.
+    Nothing waits for the device: the copies are queued behind the steps before. All tensors of a
+    device and type lie in one buffer, which `on_host` moves at once and a file stores as one.
     """
     leaves, structure = tree_flatten(state)
-    copies = [torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    pairs = defaultdict(list)
-    for copy, leaf in zip(copies, leaves, strict=True):
+    groups = defaultdict(list)
+    for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
-            pairs[leaf.device, leaf.dtype].append((copy, leaf.detach()))
-    for alike in pairs.values():  # thousands of small tensors, in a few launches
-        targets, sources = zip(*alike, strict=True)
-        torch._foreach_copy_(list(targets), list(sources))
-    return tree_unflatten(copies, structure)
+            groups[leaf.device, leaf.dtype].append(index)
+    for (device, dtype), indices in groups.items():
+        sources = [leaves[index].detach() for index in indices]
+        sizes = [-(-source.numel() // _ALIGNMENT) * _ALIGNMENT for source in sources]
+        parts = torch.empty(sum(sizes), device=device, dtype=dtype).split(sizes)
+        copies = [p[: s.numel()].view(s.shape) for p, s in zip(parts, sources, strict=True)]
+        torch._foreach_copy_(copies, sources)  # thousands of small tensors, in a few launches
+        for index, copy in zip(indices, copies, strict=True):
+            leaves[index] = copy
+    return tree_unflatten(leaves, structure)
+
+
+def on_host(state: Any) -> Any:
+    """A `snapshot` on the CPU: one copy a buffer, where one a tensor would keep Python busy."""
+    buffers: dict[int, Tensor] = {}
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.device.type == "cpu":
+            return leaf
+        storage = leaf.untyped_storage()
+        if storage.data_ptr() not in buffers:
+            whole = torch.empty(0, device=leaf.device, dtype=leaf.dtype).set_(storage)
+            buffers[storage.data_ptr()] = whole.cpu()
+        whole = buffers[storage.data_ptr()]
+        return whole.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
+
+    return tree_map(move, state)
 
 
 def unwritable(error: OSError, what: object) -> InputError:

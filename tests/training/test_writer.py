@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from models.errors import InputError
-from training.writer import BackgroundWriter, snapshot
+from training.writer import BackgroundWriter, on_host, snapshot
 
 
 def test_jobs_run_in_order_beside_the_caller() -> None:
@@ -66,6 +66,25 @@ def test_snapshot_keeps_values_and_the_rest() -> None:
     assert copy["a"][1] == 5 and copy["b"]["name"] == "x" and copy["b"]["c"][1] is None
     assert torch.equal(copy["a"][0], torch.zeros(3))
     assert torch.equal(copy["b"]["c"][0], torch.zeros(3))
+
+
+def test_snapshot_is_one_buffer_a_type() -> None:
+    state = {"a": torch.randn(3, 5).T, "b": torch.tensor(2.0), "c": torch.empty(0), "d": [1]}
+    copy = snapshot({**state, "n": torch.tensor(7)})
+    assert all(torch.equal(copy[name], state[name]) for name in "abc")
+    buffers = {copy[name].untyped_storage().data_ptr() for name in "ab"}
+    assert len(buffers) == 1 and copy["n"].untyped_storage().data_ptr() not in buffers
+    assert copy["b"].data_ptr() % 64 == copy["a"].data_ptr() % 64
+
+
+@pytest.mark.gpu
+def test_snapshot_reaches_the_host_whole() -> None:
+    state = [torch.randn(3, 5, device="cuda"), torch.tensor(7, device="cuda"), torch.ones(2), "x"]
+    for copy, original in zip(on_host(snapshot(state)), state, strict=True):
+        if isinstance(original, torch.Tensor):
+            assert copy.device.type == "cpu" and torch.equal(copy, original.cpu())
+        else:
+            assert copy == original
 
 
 def test_a_job_that_is_done_holds_nothing() -> None:
