@@ -236,19 +236,30 @@ def plain_errors(batches: Iterable[Any]) -> Iterator[Any]:
         last = str(error).strip().splitlines()[-1]
         raise InputError(re.sub(r"^[\w.]*Error: ", "", last)) from error
     except (RuntimeError, ConnectionError) as error:
-        # Reading what a dead worker was handing over fails as a broken connection.
-        lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
-        if "Bus error" in str(error) or "No space left" in str(error):
-            raise InputError(
-                f"a data worker cannot hand over its batches ({lines[-1]}): enlarge /dev/shm"
-                " (docker run --shm-size=8g) or set data.num_workers=0"
-            ) from error
-        if isinstance(error, RuntimeError) and not lines[0].startswith("DataLoader worker"):
+        told = worker_fault(error)
+        if told is None:
             raise  # a fault of ours, with the worker's traceback
-        raise InputError(
+        raise told from error
+
+
+def worker_fault(error: RuntimeError | ConnectionError) -> InputError | None:
+    """What to tell of an error that a dead or cut off data worker caused; None for any other.
+
+    The DataLoader raises it from a signal handler, so it may come out of any line of the training.
+    """
+    lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    if "Bus error" in str(error) or "No space left" in str(error):
+        return InputError(
+            f"a data worker cannot hand over its batches ({lines[-1]}): enlarge /dev/shm"
+            " (docker run --shm-size=8g) or set data.num_workers=0"
+        )
+    # Reading what a dead worker was handing over fails as a broken connection.
+    if isinstance(error, ConnectionError) or lines[0].startswith("DataLoader worker"):
+        return InputError(
             f"a data worker died ({lines[0]}): if memory ran out, lower data.num_workers or"
             " data.prefetch; go on with --resume auto"
-        ) from error
+        )
+    return None
 
 
 def _warn_of_shared_names(tracks: dict[str, list[Track]]) -> None:

@@ -34,6 +34,7 @@ from models.errors import InputError, run_command
 from models.files import write_text
 from training.config import Config, dump_config, load_config
 from training.distributed import World, joined_world, lost_a_rank
+from training.loaders import worker_fault
 from training.rehearsal import dry_run, profile
 from training.run_folder import RunFolder
 from training.summary import summary
@@ -82,6 +83,9 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             raise unwritable(error, config.run.dir) from error
         except RuntimeError as error:
+            told = worker_fault(error)
+            if told is not None:
+                raise told from error
             if world.size == 1 or not lost_a_rank(error):
                 raise
             raise InputError(

@@ -277,6 +277,17 @@ def test_full_disk_met_by_the_metrics_is_one_line(
         train(tiny_config)
 
 
+def test_a_worker_that_dies_during_a_step_is_one_line(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(self: Trainer) -> None:  # the DataLoader's signal handler raises wherever we are
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(Trainer, "update", update)
+    with pytest.raises(InputError, match=r"^a data worker died \(.*data.num_workers"):
+        train(tiny_config)
+
+
 def test_going_back_gives_up_the_checkpoints_of_later_steps(
     tiny_config: Path, tmp_path: Path
 ) -> None:
