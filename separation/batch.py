@@ -1,11 +1,20 @@
-"""Many songs, one after the other: what fails is told and counted, and the others go on."""
+"""Many songs in one stream: what fails is told and counted, and the others go on.
+
+    read       batches of chunks, one song after the other, in a thread of its own
+    network    the chunks, separated, in the main thread
+    write      stems, cross-faded and encoded, in a thread of its own
+
+While the end of a song is written, the network works on the next, whose first batches were read
+before. What waits between the stages is bounded in batches and chunks, whichever songs they are
+of: many songs take the memory of one.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -14,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.errors import InputError
-from separation.overlap_add import Chunk
+from separation.overlap_add import Chunk, Stack
 from separation.plan import Job, Problem
 from separation.reader import AudioStream, open_audio, probe_seconds
 from separation.separator import Separator
@@ -26,8 +35,27 @@ from separation.writer import Format, Write, open_standard_output, open_writers
 BATCHES_AHEAD = 1  # decoded and cut while the network works
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
 
+Output = tuple[Chunk, Tensor]
 
-Outputs = Iterator[tuple[Chunk, Tensor]]
+
+@dataclass
+class Passage:
+    """A song on its way through the stages.
+
+    Attributes:
+        job: what is read and written.
+        song: its stages, once it is open.
+        has_failed: its error has been told; no stage need work on it any more.
+    """
+
+    job: Job
+    song: SongSeparation = field(init=False, repr=False)
+    has_failed: bool = False
+
+
+# An error stands in place of the rest of its song.
+Batches = Iterator[tuple[Passage, Stack | InputError]]
+Outputs = Iterator[tuple[Passage, Output | InputError]]
 
 
 @dataclass
@@ -49,7 +77,9 @@ class Batch:
     shard: Shard = field(default_factory=Shard)
     _text: TextIO = field(init=False, repr=False)
     _bar: tqdm = field(init=False, repr=False)
+    _failed: list[str] = field(init=False, repr=False)  # sources
     _audio_seconds: float = field(default=0.0, init=False)
+    _network_seconds: float = field(default=0.0, init=False)
 
     def run(self, jobs: Sequence[Job], problems: Sequence[Problem], skip_existing: bool) -> int:
         """Separate every job; returns the exit code, 2 if any song or problem failed.
@@ -58,59 +88,93 @@ class Batch:
         """
         # Sound on standard output leaves no room for words there.
         self._text = sys.stdout if all(job.paths for job in jobs) else sys.stderr
+        self._failed = []
         todo = [job for job in jobs if not (skip_existing and job.is_done)]
-        failed: list[str] = []
         start = time.perf_counter()
         with self._open_bar(todo) as self._bar:
             for problem in problems if self.shard.is_first else []:
                 self._say_error(problem.text)
-                failed += problem.sources
-            for job in todo:
-                try:
-                    self._say(self._separate(job))
-                except InputError as error:
-                    self._say_error(str(error))
-                    failed.append(job.song.source)
+                self._failed += problem.sources
+            self._separate(todo)
         spent = time.perf_counter() - start
-        failed = self.shard.gather(failed)
+        failed = self.shard.gather(self._failed)
         if self.shard.is_first:
             skipped = len(jobs) - len(todo)
             tried = len(todo) + sum(len(problem.sources) for problem in problems)
             self._summarise(skipped, tried, failed, spent)
         return 2 if failed else 0
 
-    def _separate(self, job: Job) -> str:
-        """Separate one song; returns what was done, for people."""
-        start = time.perf_counter()
-        self._bar.set_description(Path(job.song.source).name, refresh=False)
-        with open_audio(job.song.source) as stream:
-            song = SongSeparation(self.separator, stream, self.stems, self.downmix)
-            inputs = ahead(song.inputs(), BATCHES_AHEAD)
-            # A batch is cross-faded and encoded while the network works on the next.
-            behind = self.separator.batch_size + 1
+    def _separate(self, jobs: Sequence[Job]) -> None:
+        # A batch is cross-faded and encoded while the network works on the next.
+        behind = self.separator.batch_size + 1
+        with (
+            ExitStack() as opened,  # also closes the pipe that a thread may be waiting for
+            closing(ahead(self._read(jobs, opened), BATCHES_AHEAD)) as batches,
+        ):
+            drain(self._network(batches), self._write, behind)
+
+    def _read(self, jobs: Iterable[Job], opened: ExitStack) -> Batches:
+        """The batches of every song; `opened` holds the file that is being read."""
+        for job in jobs:
+            passage = Passage(job)
             try:
-                drain(song.network(inputs), self._writing(song, job), behind)
-            finally:
-                inputs.close()  # type: ignore[attr-defined]
-            seconds = song.frames / stream.rate
-        spent = time.perf_counter() - start
-        share = song.network_seconds / spent
+                with opened:
+                    stream = opened.enter_context(open_audio(job.song.source))
+                    passage.song = SongSeparation(self.separator, stream, self.stems, self.downmix)
+                    for batch in passage.song.inputs():
+                        yield passage, batch
+                        if passage.has_failed:
+                            break
+            except InputError as error:
+                yield passage, error
+
+    def _network(self, batches: Batches) -> Outputs:
+        for passage, batch in batches:
+            if isinstance(batch, InputError):
+                yield passage, batch
+            elif not passage.has_failed:
+                try:
+                    for output in passage.song.network([batch]):
+                        yield passage, output
+                except InputError as error:
+                    yield passage, error
+
+    def _write(self, outputs: Outputs) -> None:
+        """Write every song, and say how it went as soon as its files have their names."""
+        start = time.perf_counter()
+        for passage, first in outputs:
+            if passage.has_failed:  # this was under way when it did
+                continue
+            try:
+                if isinstance(first, InputError):
+                    raise first
+                self._save(passage, _outputs_of_song(first, outputs))
+                self._say(self._report(passage, time.perf_counter() - start))
+            except InputError as error:
+                passage.has_failed = True
+                self._say_error(str(error))
+                self._failed.append(passage.job.song.source)
+            start = time.perf_counter()
+
+    def _save(self, passage: Passage, outputs: Iterator[Output]) -> None:
+        self._bar.set_description(Path(passage.job.song.source).name, refresh=False)
+        blocks = passage.song.outputs(outputs, self._progress)  # n c t
+        first = next(blocks)  # a song that cannot be read leaves no folder behind
+        with self._open_output(passage.song, passage.job) as write:
+            write(first)
+            for block in blocks:
+                write(block)
+
+    def _report(self, passage: Passage, spent: float) -> str:
+        """What was done, for people. spent: seconds since the song before was finished."""
+        song = passage.song
+        self._network_seconds += song.network_seconds
+        seconds = song.frames / song.stream.rate
         head = (
-            f"{song.stream.name}: {seconds:.1f} s in {spent:.1f} s "
-            f"(real-time factor {spent / seconds:.3g}, {share:.0%} of it the network)"
+            f"{song.stream.name}: {seconds:.1f} s in {spent:.2f} s "
+            f"(real-time factor {spent / seconds:.3g}, network {song.network_seconds:.2f} s)"
         )
-        return "\n".join([head, *(f"  {path}" for path in job.paths)])
-
-    def _writing(self, song: SongSeparation, job: Job) -> Callable[[Outputs], None]:
-        def consume(chunks: Outputs) -> None:
-            blocks = song.outputs(chunks, self._progress)  # n c t
-            first = next(blocks)  # a song that cannot be read leaves no folder behind
-            with self._open_output(song, job) as write:
-                write(first)
-                for block in blocks:
-                    write(block)
-
-        return consume
+        return "\n".join([head, *(f"  {path}" for path in passage.job.paths)])
 
     def _open_output(self, song: SongSeparation, job: Job) -> AbstractContextManager[Write]:
         stream: AudioStream = song.stream
@@ -159,5 +223,17 @@ class Batch:
             factor = spent / max(self._audio_seconds, 1e-9)
             self._say(
                 f"{tried} songs, {self._audio_seconds:.1f} s in {spent:.1f} s "
-                f"(real-time factor {factor:.3g})"
+                f"(real-time factor {factor:.3g}, "
+                f"{self._network_seconds / spent:.0%} of it the network)"
             )
+
+
+def _outputs_of_song(first: Output, others: Outputs) -> Iterator[Output]:
+    """Outputs up to the last of a song. Raises the InputError that stands in place of one."""
+    output: Output | InputError = first
+    while not isinstance(output, InputError):
+        yield output
+        if output[0].is_last:
+            return
+        _, output = next(others)
+    raise output

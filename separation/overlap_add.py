@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice, repeat
 
@@ -31,6 +31,9 @@ class Chunk:
     skip: int
     is_first: bool
     is_last: bool
+
+
+Stack = tuple[list[Chunk], Tensor]  # chunks that go through the network together; b c t
 
 
 def hop_frames(chunk_frames: int, overlap: float) -> int:
@@ -109,20 +112,22 @@ def separate_blocks(
     return crossfade(outputs, chunk_frames, hop)
 
 
-def batched(chunks: Iterator[Chunk], batch_size: int) -> Iterator[list[Chunk]]:
-    """Chunks as they go through the network together; the first does not wait for others."""
+def batched(chunks: Iterator[Chunk], batch_size: int) -> Iterator[Stack]:
+    """Chunks as they go through the network together; the first does not wait for others.
+
+    They are stacked here, where chunks are made, so that the network need not wait for it.
+    """
     sizes = chain([1], repeat(max(1, batch_size)))
     while batch := list(islice(chunks, next(sizes))):
-        yield batch
+        audio = torch.stack([chunk.audio for chunk in batch])
+        # Views of the stack: what the chunks were cut from can go.
+        yield [replace(chunk, audio=one) for chunk, one in zip(batch, audio, strict=True)], audio
 
 
-def separate_batches(
-    network: Network, batches: Iterable[list[Chunk]]
-) -> Iterator[tuple[Chunk, Tensor]]:
+def separate_batches(network: Network, batches: Iterable[Stack]) -> Iterator[tuple[Chunk, Tensor]]:
     """Each chunk with the network's output for it [stem, channel, time]."""
-    for batch in batches:
-        outputs = network(torch.stack([chunk.audio for chunk in batch]))  # b n c t
-        yield from zip(batch, outputs, strict=True)
+    for chunks, audio in batches:
+        yield from zip(chunks, network(audio), strict=True)  # n c t each
 
 
 def crossfade(

@@ -162,7 +162,7 @@ class Separator:
                 if not _is_out_of_memory(error):
                     raise
                 self._halve_batch(len(filled))
-        return torch.cat(outputs)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _filled(self, part: Tensor) -> Tensor:
         """The end of a song as a whole batch, where such a one is recorded as a CUDA graph already:

@@ -23,6 +23,7 @@ from separation.audio import check_finite
 from separation.overlap_add import (
     Chunk,
     Progress,
+    Stack,
     batched,
     crossfade,
     hop_frames,
@@ -93,12 +94,12 @@ class SongSeparation:
         self._mixture: deque[np.ndarray] = deque()  # read, not yet returned
         self._needs_mixture = INSTRUMENTAL in stems and INSTRUMENTAL not in separator.stem_names
 
-    def inputs(self) -> Iterator[list[Chunk]]:
+    def inputs(self) -> Iterator[Stack]:
         """What goes through the network together, at the model's rate."""
         separator = self.separator
         if separator.protocol == "paper":  # pads the end of a whole song: one chunk for us
             whole = torch.cat(list(self._blocks()), dim=-1)
-            yield [Chunk(whole, 0, is_first=True, is_last=True)]
+            yield [Chunk(whole, 0, is_first=True, is_last=True)], whole[None]
             return
         chunks = split_chunks(self._blocks(), separator.chunk_frames, self._hop)
         yield from batched(chunks, separator.batch_size)
@@ -119,10 +120,10 @@ class SongSeparation:
         if not self.frames:
             raise InputError(f"{self.stream.name}: has 0 samples; nothing to separate")
 
-    def network(self, inputs: Iterable[list[Chunk]]) -> Iterator[tuple[Chunk, Tensor]]:
+    def network(self, inputs: Iterable[Stack]) -> Iterator[tuple[Chunk, Tensor]]:
         """Chunks and their outputs [stem, channel, time] at the model's rate."""
         if self.separator.protocol == "paper":
-            for (whole,) in inputs:
+            for (whole,), _ in inputs:
                 yield whole, self.separator(whole.audio)
             return
         yield from separate_batches(self._timed, inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -13,7 +13,7 @@ _POLL_SECONDS = 0.1
 _JOIN_SECONDS = 5.0  # a thread that waits for a pipe ends when its owner closes the pipe
 
 
-def ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
+def ahead(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
     """The same items, made in another thread that is at most `depth` of them ahead.
 
     An error of `items` is raised here, in its place. Closing this iterator ends the thread.
@@ -69,18 +69,22 @@ def drain(items: Iterable[Item], consume: Callable[[Iterator[Item]], None], dept
         finally:
             stopped.set()
 
+    def finish() -> None:
+        _put(ready, _END, stopped)
+        stopped.wait()  # a join that Ctrl-C ends takes the thread for ended (Python 3.11)
+        thread.join()
+
     thread = threading.Thread(target=run, name="drain", daemon=True)
     thread.start()
     try:
         for item in items:
             if not _put(ready, item, stopped):
                 break
-    except BaseException as error:  # `consume` must hear of it too
+        finish()
+    except BaseException as error:  # also Ctrl-C while the rest is consumed: `consume` hears of it
         source_error.append(error)
+        finish()
         raise
-    finally:
-        _put(ready, _END, stopped)
-        thread.join()
     if errors:
         raise errors[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def test_ahead_raises_where_the_source_failed_and_ends_its_thread() -> None:
 def test_closing_ahead_early_ends_its_thread() -> None:
     items = ahead(iter(range(10**9)), 2)
     assert next(items) == 0
-    items.close()  # type: ignore[attr-defined]
+    items.close()
     assert not alive("ahead")
 
 
@@ -91,4 +92,26 @@ def test_drain_stops_the_source_when_the_consumer_fails() -> None:
     with pytest.raises(OSError, match="disk is full"):
         drain(source(), consume, 2)
     assert len(made) < 10
+    assert not alive("drain")
+
+
+def test_an_interruption_while_drain_waits_for_the_consumer_reaches_it() -> None:
+    """Ctrl-C when all items are made and the rest of them is being consumed."""
+    main, cleaned = threading.main_thread().ident, []
+    assert main is not None
+
+    def consume(items: Iterator[int]) -> None:
+        try:
+            next(items)
+            time.sleep(0.1)  # by then this is all that the main thread waits for
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.1)
+            list(items)
+        except KeyboardInterrupt:
+            cleaned.append(True)
+            raise
+
+    with pytest.raises(KeyboardInterrupt):
+        drain(range(3), consume, 5)
+    assert cleaned == [True]
     assert not alive("drain")
