@@ -18,6 +18,7 @@ from models.conv import causal_conv1d
 from models.dispatch import compute_dtype, package_built, run_scan
 from models.errors import InputError
 from models.scan import selective_scan
+from models.scan.mamba_ssm import gated_norm_kernel
 
 if TYPE_CHECKING:
     from models.scan.triton_plan import MixerParameters
@@ -35,8 +36,13 @@ def rms_normalize(x: Tensor, eps: float = NORM_EPS) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def gated_norm(y: Tensor, z: Tensor) -> Tensor:
-    """y silu(z) over its root mean square, without the norm's weight. First derivatives only."""
+def gated_norm(y: Tensor, z: Tensor, backend: str = "chunked") -> Tensor:
+    """y silu(z) over its root mean square, without the norm's weight. First derivatives only.
+
+    backend: of the scan; `ssd` takes mamba-ssm's kernel for this too.
+    """
+    if backend == "ssd":
+        return gated_norm_kernel(y, z, NORM_EPS)
     return _GatedNorm.apply(y, z)
 
 
@@ -137,7 +143,7 @@ class Mamba2Mixer(nn.Module):
         A = -torch.exp(self.A_log.to(wide))  # h
         heads = x.unflatten(-1, (self.nheads, self.headdim))  # b l h p
         y = selective_scan(heads, dt, A, B, C, self.D, backend)
-        return gated_norm(y.flatten(2), z)
+        return gated_norm(y.flatten(2), z, backend)
 
 
 class _Direction(nn.Module):

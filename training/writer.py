@@ -43,7 +43,7 @@ def snapshot(state: Any) -> Any:
 
 
 def on_host(state: Any) -> Any:
-    """A `snapshot` on the CPU: one copy a buffer, where one a tensor would keep Python busy."""
+    """A `snapshot` on the CPU: its buffers are moved whole, and its tensors lie in them again."""
     buffers: dict[int, Tensor] = {}
 
     def move(leaf: Any) -> Any:
@@ -52,11 +52,29 @@ def on_host(state: Any) -> Any:
         storage = leaf.untyped_storage()
         if storage.data_ptr() not in buffers:
             whole = torch.empty(0, device=leaf.device, dtype=leaf.dtype).set_(storage)
-            buffers[storage.data_ptr()] = whole.cpu()
+            buffers[storage.data_ptr()] = _fetch(whole)
         whole = buffers[storage.data_ptr()]
         return whole.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
 
     return tree_map(move, state)
+
+
+# Elements that are on their way from the GPU at once.
+_PIECE = 1 << 20
+
+
+def _fetch(buffer: Tensor) -> Tensor:
+    """A flat GPU tensor on the CPU, by way of a little pinned memory.
+
+    Copied to pageable memory at once, 770 MB held the training up for half a second (H100).
+    """
+    whole = torch.empty(buffer.shape, dtype=buffer.dtype)
+    pinned = torch.empty(min(_PIECE, len(buffer)), dtype=buffer.dtype, pin_memory=True)
+    for source, target in zip(buffer.split(_PIECE), whole.split(_PIECE), strict=True):
+        piece = pinned[: len(source)].copy_(source, non_blocking=True)
+        torch.cuda.current_stream(buffer.device).synchronize()
+        target.copy_(piece)
+    return whole
 
 
 def unwritable(error: OSError, what: object) -> InputError:

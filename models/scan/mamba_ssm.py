@@ -1,4 +1,4 @@
-"""The selective scan through the CUDA kernels of the mamba-ssm package."""
+"""The selective scan and the gated norm through the CUDA kernels of the mamba-ssm package."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 MAX_CHUNK = 128  # measured faster than upstream's 256 on 801 steps
 GRID_LIMIT = 65_535  # CUDA's limit on the grid axis that carries batch x chunks
+INDEX_LIMIT = 2**31 - 1  # elements that the norm's kernel can address
 
 
 def selective_scan_kernel(
@@ -49,5 +50,18 @@ def ssd_kernel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
         for x_part, dt_part, B_part, C_part in zip(
             x.split(rows), dt.split(rows), B.split(rows), C.split(rows), strict=True
         )
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def gated_norm_kernel(y: Tensor, z: Tensor, eps: float) -> Tensor:
+    """`models.mamba2.gated_norm` of `[b, l, d_inner]`, as the package's own Mamba2 computes it."""
+    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+
+    weight = torch.ones(y.shape[-1], device=y.device)
+    sequences = max(1, INDEX_LIMIT // (y.shape[1] * max(y.stride(1), z.stride(1))))
+    parts = [
+        rmsnorm_fn(y_part, weight, None, z=z_part, eps=eps, norm_before_gate=False)
+        for y_part, z_part in zip(y.split(sequences), z.split(sequences), strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -192,6 +192,26 @@ def test_ssd_gets_a_chunk_by_length_and_batches_within_the_grid(length, chunk, m
     assert all(rows * -(-length // chunk) <= 14 for rows, _ in calls)
 
 
+def test_ssd_takes_the_gated_norm_of_the_package_too(monkeypatch, assert_close):
+    calls = []
+
+    def norm(x, weight, bias, z, eps, norm_before_gate):
+        assert bias is None and not norm_before_gate and (weight == 1).all()
+        calls.append(x.shape)
+        return F.rms_norm(x * F.silu(z), weight.shape, weight, eps)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "ssd", sequential_scan)
+    monkeypatch.setattr(dispatch, "missing", lambda name, tensor: None)
+    fake_module(monkeypatch, "mamba_ssm.ops.triton.layernorm_gated", rmsnorm_fn=norm)
+    monkeypatch.setattr("models.scan.mamba_ssm.INDEX_LIMIT", 2 * 5 * 48)  # width of the projection
+    block = Mamba2Block(8, d_state=4, headdim=8, expand=2, scan_backend="ssd")
+    x = torch.randn(3, 5, 8)
+    y = block(x)
+    assert calls == [(2, 5, 16), (1, 5, 16)] * 2
+    block.scan_backend = "sequential"
+    assert_close("output", y, block(x), 1e-6)
+
+
 def test_selective_scan_kernel_repeats_heads_for_their_channels(monkeypatch):
     def kernel(u, delta, A, B, C, D):  # b d l, b d l, d n, b n l, b n l, d: Mamba-1, in words
         state, ys = torch.zeros(*u.shape[:2], A.shape[1]), []

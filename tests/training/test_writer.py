@@ -78,7 +78,8 @@ def test_snapshot_is_one_buffer_a_type() -> None:
 
 
 @pytest.mark.gpu
-def test_snapshot_reaches_the_host_whole() -> None:
+def test_snapshot_reaches_the_host_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.writer._PIECE", 7)
     state = [torch.randn(3, 5, device="cuda"), torch.tensor(7, device="cuda"), torch.ones(2), "x"]
     for copy, original in zip(on_host(snapshot(state)), state, strict=True):
         if isinstance(original, torch.Tensor):
