@@ -114,11 +114,7 @@ class BackgroundWriter:
     def submit(self, job: Callable[[], None]) -> None:
         """Queue a job; raises what an earlier one raised."""
         self.check()
-        event = None
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            event = torch.cuda.Event()
-            event.record()
-        self._jobs.put(lambda: _on_side_stream(job, event))
+        self._jobs.put(_on_side_stream(job))
 
     def check(self) -> None:
         """Raise what a job raised.
@@ -160,12 +156,15 @@ def _quick_handover() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def _on_side_stream(job: Callable[[], None], ready: torch.cuda.Event | None) -> None:
-    """Copy from the GPU beside the training's kernels, once the snapshot is there."""
-    if ready is None:
-        job()
-        return
-    stream = torch.cuda.Stream()
-    stream.wait_event(ready)
-    with torch.cuda.stream(stream):
-        job()
+def _on_side_stream(job: Callable[[], None]) -> Callable[[], None]:
+    """The job with its copies from the GPU beside the training's kernels, after those so far."""
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return job
+    stream = torch.cuda.Stream()  # of the training's device: a new thread's own is the first
+    stream.wait_stream(torch.cuda.current_stream())
+
+    def run() -> None:
+        with torch.cuda.stream(stream):
+            job()
+
+    return run
