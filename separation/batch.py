@@ -6,15 +6,16 @@
 
 While the end of a song is written, the network works on the next, whose first batches were read
 before. What waits between the stages is bounded in batches and chunks, whichever songs they are
-of: many songs take the memory of one.
+of: many songs take the memory of one. Under the protocol `paper`, whose batch is a whole song, they
+take the memory of three: one read, one separated, one being written.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -25,14 +26,14 @@ from tqdm import tqdm
 from models.errors import InputError
 from separation.overlap_add import Chunk, Stack
 from separation.plan import Job, Problem
-from separation.reader import AudioStream, open_audio, probe_seconds
+from separation.reader import AudioStream, Decoder, open_audio, probe_seconds
 from separation.separator import Separator
 from separation.sharding import Shard
 from separation.streaming import SongSeparation
 from separation.threads import ahead, drain
 from separation.writer import Format, Write, open_standard_output, open_writers
 
-BATCHES_AHEAD = 1  # decoded and cut while the network works
+BATCHES_AHEAD = 2  # decoded and cut while the network works
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
 
 Output = tuple[Chunk, Tensor]
@@ -45,7 +46,7 @@ class Passage:
     Attributes:
         job: what is read and written.
         song: its stages, once it is open.
-        has_failed: its error has been told; no stage need work on it any more.
+        has_failed: in the network or later; the stages before need not work on it any more.
     """
 
     job: Job
@@ -54,7 +55,7 @@ class Passage:
 
 
 # An error stands in place of the rest of its song.
-Batches = Iterator[tuple[Passage, Stack | InputError]]
+Batches = Generator[tuple[Passage, Stack | InputError], None, None]
 Outputs = Iterator[tuple[Passage, Output | InputError]]
 
 
@@ -78,8 +79,8 @@ class Batch:
     _text: TextIO = field(init=False, repr=False)
     _bar: tqdm = field(init=False, repr=False)
     _failed: list[str] = field(init=False, repr=False)  # sources
-    _audio_seconds: float = field(default=0.0, init=False)
-    _network_seconds: float = field(default=0.0, init=False)
+    _audio_seconds: float = field(init=False, repr=False)
+    _network_seconds: float = field(init=False, repr=False)
 
     def run(self, jobs: Sequence[Job], problems: Sequence[Problem], skip_existing: bool) -> int:
         """Separate every job; returns the exit code, 2 if any song or problem failed.
@@ -89,6 +90,7 @@ class Batch:
         # Sound on standard output leaves no room for words there.
         self._text = sys.stdout if all(job.paths for job in jobs) else sys.stderr
         self._failed = []
+        self._audio_seconds = self._network_seconds = 0.0
         todo = [job for job in jobs if not (skip_existing and job.is_done)]
         start = time.perf_counter()
         with self._open_bar(todo) as self._bar:
@@ -105,21 +107,27 @@ class Batch:
         return 2 if failed else 0
 
     def _separate(self, jobs: Sequence[Job]) -> None:
-        # A batch is cross-faded and encoded while the network works on the next.
-        behind = self.separator.batch_size + 1
-        with (
-            ExitStack() as opened,  # also closes the pipe that a thread may be waiting for
-            closing(ahead(self._read(jobs, opened), BATCHES_AHEAD)) as batches,
-        ):
+        decoders: set[Decoder] = set()
+
+        def kill_decoders() -> None:
+            for decoder in tuple(decoders):
+                decoder.kill()
+
+        if self.separator.protocol == "paper":
+            in_front = behind = 1
+        else:
+            in_front = BATCHES_AHEAD
+            # A batch is cross-faded and encoded while the network works on the next.
+            behind = self.separator.batch_size + 1
+        with closing(ahead(self._read(jobs, decoders), in_front, kill_decoders)) as batches:
             drain(self._network(batches), self._write, behind)
 
-    def _read(self, jobs: Iterable[Job], opened: ExitStack) -> Batches:
-        """The batches of every song; `opened` holds the file that is being read."""
+    def _read(self, jobs: Iterable[Job], decoders: set[Decoder]) -> Batches:
+        """The batches of every song. decoders: see `open_audio`."""
         for job in jobs:
             passage = Passage(job)
             try:
-                with opened:
-                    stream = opened.enter_context(open_audio(job.song.source))
+                with open_audio(job.song.source, decoders) as stream:
                     passage.song = SongSeparation(self.separator, stream, self.stems, self.downmix)
                     for batch in passage.song.inputs():
                         yield passage, batch
@@ -130,20 +138,24 @@ class Batch:
 
     def _network(self, batches: Batches) -> Outputs:
         for passage, batch in batches:
+            if passage.has_failed:
+                continue
             if isinstance(batch, InputError):
                 yield passage, batch
-            elif not passage.has_failed:
-                try:
-                    for output in passage.song.network([batch]):
-                        yield passage, output
-                except InputError as error:
-                    yield passage, error
+                continue
+            try:
+                for output in passage.song.network([batch]):
+                    yield passage, output
+            except InputError as error:
+                passage.has_failed = True
+                yield passage, error
 
     def _write(self, outputs: Outputs) -> None:
         """Write every song, and say how it went as soon as its files have their names."""
+        told: Passage | None = None  # the last that failed
         start = time.perf_counter()
         for passage, first in outputs:
-            if passage.has_failed:  # this was under way when it did
+            if passage is told:  # this was under way when it failed
                 continue
             try:
                 if isinstance(first, InputError):
@@ -152,6 +164,7 @@ class Batch:
                 self._say(self._report(passage, time.perf_counter() - start))
             except InputError as error:
                 passage.has_failed = True
+                told = passage
                 self._say_error(str(error))
                 self._failed.append(passage.job.song.source)
             start = time.perf_counter()

@@ -27,6 +27,8 @@ STANDARD_INPUT = "-"
 UNKNOWN_SIZE = 0xFFFFFF00  # in a header, from here on: written to a pipe, length not known
 NO_FFMPEG = "ffmpeg is missing; convert it to wav or install ffmpeg (apt install ffmpeg)"
 
+Decoder = subprocess.Popen[bytes]
+
 
 @dataclass
 class AudioStream:
@@ -50,15 +52,20 @@ class AudioStream:
 
 
 @contextmanager
-def open_audio(path: str | Path) -> Iterator[AudioStream]:
+def open_audio(path: str | Path, decoders: set[Decoder] | None = None) -> Iterator[AudioStream]:
     """Open a file, or standard input as "-".
 
     libsndfile reads wav, aiff, flac, ogg and mp3; anything else (m4a, mp4, wma) and standard
-    input go through ffmpeg. What is left of a damaged file is read, with a warning. Raises
-    InputError, naming the file, if it does not exist or is no audio.
+    input go through ffmpeg. What is left of a damaged file is read, with a warning.
+
+    decoders: holds ffmpeg's process while it runs, from before the first read that may wait for
+    it: another thread ends that read by killing the process.
+    Raises InputError, naming the file, if it does not exist or is no audio; so do its blocks, if
+    none can be decoded or ffmpeg is killed.
     """
+    decoders = set() if decoders is None else decoders
     if str(path) == STANDARD_INPUT:
-        with _open_ffmpeg("standard input", "pipe:0") as stream:
+        with _open_ffmpeg("standard input", "pipe:0", decoders) as stream:
             yield stream
         return
     path = Path(path)
@@ -67,7 +74,7 @@ def open_audio(path: str | Path) -> Iterator[AudioStream]:
         with _silent_decoders(only_if=_looks_like_mp3(path)):
             file = soundfile.SoundFile(path)
     except soundfile.LibsndfileError:
-        with _open_ffmpeg(str(path), f"file:{path}") as stream:
+        with _open_ffmpeg(str(path), f"file:{path}", decoders) as stream:
             yield stream
         return
     with file:
@@ -175,42 +182,57 @@ def _silent_decoders(only_if: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _open_ffmpeg(name: str, address: str) -> Iterator[AudioStream]:
+def _open_ffmpeg(name: str, address: str, decoders: set[Decoder]) -> Iterator[AudioStream]:
     """Decode through a pipe of Sun .au: a header of rate and channels, then float32 samples."""
+    with (
+        tempfile.TemporaryFile() as log,
+        _run_ffmpeg(name, address, log, decoders) as process,
+    ):
+        assert process.stdout is not None
+        header = process.stdout.read(24)
+        if len(header) < 24:
+            raise InputError(
+                f"{name}: not an audio file that libsndfile or ffmpeg can read; convert it to wav"
+            )
+        _, offset, _, _, rate, channels = struct.unpack(">4s5I", header)
+        process.stdout.read(offset - 24)
+        frames = None
+        if not _is_pipe(address) and (seconds := probe_seconds(Path(name))) is not None:
+            frames = round(seconds * rate)
+        blocks = _ffmpeg_blocks(process, log, name, rate, channels)
+        yield AudioStream(name, rate, channels, frames, blocks)
+
+
+@contextmanager
+def _run_ffmpeg(
+    name: str, address: str, log: IO[bytes], decoders: set[Decoder]
+) -> Iterator[Decoder]:
+    """ffmpeg at work, one of `decoders` until it has ended. Raises InputError if it is missing."""
     command = ["ffmpeg", "-v", "error", "-protocol_whitelist", "file,pipe", "-i", address]
     command += ["-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
-    is_pipe = address.startswith("pipe:")
-    stdin = None if is_pipe else subprocess.DEVNULL
-    with tempfile.TemporaryFile() as log:
-        try:
-            process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=log)
-        except FileNotFoundError as error:
-            how = "reading it" if is_pipe else "libsndfile cannot read it and"
-            raise InputError(f"{name}: {how} {'needs ffmpeg: ' * is_pipe}{NO_FFMPEG}") from error
-        try:
-            assert process.stdout is not None
-            header = process.stdout.read(24)
-            if len(header) < 24:
-                raise InputError(
-                    f"{name}: not an audio file that libsndfile or ffmpeg can read; "
-                    "convert it to wav"
-                )
-            _, offset, _, _, rate, channels = struct.unpack(">4s5I", header)
-            process.stdout.read(offset - 24)
-            frames = None
-            if not is_pipe and (seconds := probe_seconds(Path(name))) is not None:
-                frames = round(seconds * rate)
-            blocks = _ffmpeg_blocks(process, log, name, rate, channels)
-            yield AudioStream(name, rate, channels, frames, blocks)
-        finally:
-            process.kill()
-            process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
+    stdin = None if _is_pipe(address) else subprocess.DEVNULL
+    try:
+        process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=log)
+    except FileNotFoundError as error:
+        how = "reading it needs ffmpeg:" if _is_pipe(address) else "libsndfile cannot read it and"
+        raise InputError(f"{name}: {how} {NO_FFMPEG}") from error
+    decoders.add(process)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        decoders.remove(process)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _is_pipe(address: str) -> bool:
+    return address.startswith("pipe:")
 
 
 def _ffmpeg_blocks(
-    process: subprocess.Popen[bytes], log: IO[bytes], name: str, rate: int, channels: int
+    process: Decoder, log: IO[bytes], name: str, rate: int, channels: int
 ) -> Iterator[np.ndarray]:
     assert process.stdout is not None
     done = 0
@@ -223,6 +245,8 @@ def _ffmpeg_blocks(
         done += frames
         yield np.ascontiguousarray(samples.reshape(frames, channels).T, dtype=np.float32)
     code = process.wait()
+    if code < 0:  # which says nothing about the file
+        raise InputError(f"{name}: ffmpeg was ended by signal {-code}")
     log.seek(0)
     if code or log.read(1):
         if not done:

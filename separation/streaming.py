@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ from models.errors import InputError
 from separation.audio import check_finite
 from separation.overlap_add import (
     Chunk,
+    Network,
     Progress,
     Stack,
     batched,
@@ -124,9 +126,9 @@ class SongSeparation:
         """Chunks and their outputs [stem, channel, time] at the model's rate."""
         if self.separator.protocol == "paper":
             for (whole,), _ in inputs:
-                yield whole, self.separator(whole.audio)
+                yield whole, self._timed(self.separator, whole.audio)
             return
-        yield from separate_batches(self._timed, inputs)
+        yield from separate_batches(partial(self._timed, self.separator.network), inputs)
 
     def outputs(
         self, chunks: Iterable[tuple[Chunk, Tensor]], progress: Progress | None = None
@@ -184,8 +186,8 @@ class SongSeparation:
             frames -= block.shape[1]
         return np.concatenate(taken, axis=1)
 
-    def _timed(self, batch: Tensor) -> Tensor:
+    def _timed(self, network: Network, audio: Tensor) -> Tensor:
         start = time.perf_counter()
-        output = self.separator.network(batch)
+        output = network(audio)
         self.network_seconds += time.perf_counter() - start
         return output

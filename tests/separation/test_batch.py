@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,9 +60,9 @@ class Scripted(Separator):
         return batch[:, None]
 
 
-def scripted(before: Callable[[int], object] = lambda number: None) -> Scripted:
+def scripted(before: Callable[[int], object] = lambda number: None, **options: Any) -> Scripted:
     model = BSMamba2(BSMamba2Config(**TINY)).eval()
-    return Scripted(model, torch.device("cpu"), CHUNK_SECONDS, before=before)
+    return Scripted(model, torch.device("cpu"), CHUNK_SECONDS, before=before, **options)
 
 
 @pytest.fixture
@@ -71,7 +74,7 @@ def jobs(song, tmp_path: Path) -> Callable[..., list[Job]]:
         lengths = [round(CHUNK_SECONDS * (1 + 0.75 * (n - 1)) * 44100) if n else 0 for n in chunks]
         sources = [
             song(f"{name}.wav", samples=np.full((2, length), 0.1))
-            for name, length in zip("abc", lengths, strict=False)
+            for name, length in zip("abcdefghi", lengths, strict=False)
         ]
         return [
             Job(Song(str(source)), (tmp_path / "out" / source.stem / "vocals.wav",))
@@ -89,8 +92,12 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
+def make_batch(separator: Separator) -> Batch:
+    return Batch(separator, ("vocals",), FORMATS["float"])
+
+
 def run(separator: Separator, jobs: list[Job]) -> int:
-    return Batch(separator, ("vocals",), FORMATS["float"]).run(jobs, [], skip_existing=False)
+    return make_batch(separator).run(jobs, [], skip_existing=False)
 
 
 def hold_writers(monkeypatch: pytest.MonkeyPatch, before_closing: Callable[[str], object]) -> None:
@@ -131,13 +138,51 @@ def test_the_next_song_is_read_while_the_network_works_on_one(
     is_open = threading.Event()
     open_audio = batch.open_audio
 
-    def noted(source: str):
+    def noted(source: str, *options):
         if Path(source).name == "b.wav":
             is_open.set()
-        return open_audio(source)
+        return open_audio(source, *options)
 
     monkeypatch.setattr(batch, "open_audio", noted)
     assert run(scripted(lambda number: happens(is_open)), jobs(1, 1)) == 0
+
+
+def test_whole_songs_are_three_at_once(jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The protocol `paper`: one is written, one is separated, one is read."""
+    opened: list[str] = []
+    open_audio = batch.open_audio
+
+    def noted(source: str, *options):
+        opened.append(Path(source).stem)
+        return open_audio(source, *options)
+
+    def others_are_open(name: str) -> None:
+        if name == "a":
+            comes_true(lambda: len(opened) >= 3)
+            time.sleep(0.3)  # for those that should not be
+            assert opened == ["a", "b", "c"]
+
+    monkeypatch.setattr(batch, "open_audio", noted)
+    hold_writers(monkeypatch, others_are_open)
+    assert run(scripted(protocol="paper", batch_size=4), jobs(*[1] * 9)) == 0
+    assert opened == list("abcdefghi")
+
+
+def test_the_networks_time_counts_with_whole_songs(jobs, told: list[str]) -> None:
+    assert run(scripted(lambda number: time.sleep(0.05), protocol="paper"), jobs(1, 1)) == 0
+    for line in told[:2]:
+        seconds = re.search(r"network (\S+) s\)", line)
+        assert seconds is not None and float(seconds[1]) >= 0.05
+
+
+def test_a_second_run_counts_from_nothing(jobs, told: list[str]) -> None:
+    both = jobs(2, 2)
+    songs = make_batch(scripted())
+    for _ in range(2):
+        assert songs.run(both, [], skip_existing=False) == 0
+    first, second = (line for line in told if line.startswith("2 songs, "))
+    assert first.startswith("2 songs, 0.9 s in ")
+    assert second.startswith("2 songs, 0.9 s in ")
 
 
 def test_a_song_is_told_of_when_its_files_are_there_not_when_the_next_is_done(
@@ -172,11 +217,11 @@ def test_a_bad_song_is_told_of_after_the_one_that_is_being_written(
 ) -> None:
     has_failed = threading.Event()
 
-    def failing(source: str):
+    def failing(source: str, *options):
         if Path(source).name == "b.wav":
             has_failed.set()
             raise InputError(f"{source}: is damaged")
-        return open_audio(source)
+        return open_audio(source, *options)
 
     open_audio = batch.open_audio
     monkeypatch.setattr(batch, "open_audio", failing)
@@ -215,6 +260,22 @@ def test_a_network_that_fails_on_one_song_goes_on_with_the_next(
     assert written(tmp_path / "out") == ["b/vocals.wav"]
 
 
+def test_a_song_that_failed_in_the_network_takes_no_more_of_it(
+    jobs, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor before the error is told, after the song that is being written."""
+
+    def fail(number: int) -> None:
+        if number == 2:
+            raise InputError("out of memory")
+
+    separator = scripted(fail)
+    hold_writers(monkeypatch, lambda name: comes_true(lambda: len(separator.calls) >= 3))
+    assert run(separator, jobs(1, 6, 1)) == 2
+    assert len(separator.calls) == 3
+    assert [line.startswith("error: ") for line in told] == [False, True, False, False]
+
+
 def test_an_interruption_while_two_songs_are_under_way(
     jobs, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,3 +305,48 @@ def test_an_interruption_once_the_second_song_is_being_written(jobs, tmp_path: P
         run(scripted(interrupt), jobs(3, 3))
     assert written(tmp_path / "out") == ["a/vocals.wav"]
     assert_no_threads()
+
+
+HEADER_AND_A_BLOCK = r"""
+printf '.snd\0\0\0\030\377\377\377\377\0\0\0\006\0\0\254\104\0\0\0\002'
+head -c 524288 /dev/zero
+"""
+
+
+def silent_ffmpeg(folder: Path, monkeypatch: pytest.MonkeyPatch, first: str) -> Path:
+    """An ffmpeg that does `first` and then waits; the file that then tells its process id."""
+    started = folder / "started"
+    wait = f"echo $$ > {started}.part\nmv {started}.part {started}\nexec sleep 60\n"
+    (folder / "ffmpeg").write_text(f"#!/bin/sh\n{first}\n{wait}")
+    (folder / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    return started
+
+
+@pytest.mark.parametrize("opening", [True, False])
+def test_an_interruption_while_ffmpeg_is_silent_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, opening: bool
+) -> None:
+    """Before its header, or between two blocks: as long as its standard input says nothing."""
+    started = silent_ffmpeg(tmp_path, monkeypatch, "" if opening else HEADER_AND_A_BLOCK)
+    main = threading.main_thread().ident
+    assert main is not None
+    interrupted: list[float] = []
+
+    def interrupt() -> None:
+        comes_true(started.exists)
+        time.sleep(0.2)  # until the reader waits
+        interrupted.append(time.monotonic())
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    job = Job(Song("-"), (tmp_path / "out" / "a" / "vocals.wav",))
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(scripted(), [job])
+    assert time.monotonic() - interrupted[0] < 3
+    thread.join()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+    assert_no_threads()
+    assert not recwarn.list

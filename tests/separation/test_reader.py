@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from models.errors import InputError
 from separation.audio import load_audio
-from separation.reader import BLOCK_FRAMES, _silent_decoders, open_audio, probe_seconds
+from separation.reader import BLOCK_FRAMES, Decoder, _silent_decoders, open_audio, probe_seconds
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
 SECONDS = 6
@@ -111,6 +111,21 @@ def test_leaving_early_ends_the_decoder(tmp_path: Path) -> None:
         assert next(stream.blocks).shape == (2, BLOCK_FRAMES)
     with pytest.raises(ValueError, match="closed file"):
         next(stream.blocks)
+
+
+@needs_ffmpeg
+def test_a_killed_decoder_is_no_damage(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    soundfile.write(tmp_path / "a.wav", np.tile(tones(), 5).T, 44100)
+    path = tmp_path / "a.m4a"
+    subprocess.run(["ffmpeg", "-v", "error", "-i", str(tmp_path / "a.wav"), str(path)], check=True)
+    decoders: set[Decoder] = set()
+    with open_audio(path, decoders) as stream:
+        (decoder,) = decoders
+        decoder.kill()
+        with pytest.raises(InputError, match=r"a\.m4a: ffmpeg was ended by signal 9"):
+            list(stream.blocks)
+    assert not decoders
+    assert not recwarn.list
 
 
 def test_threads_that_decode_mp3_leave_standard_error_as_it_was(tmp_path: Path) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
 from separation.threads import ahead, drain
 
 
-def failing(count: int) -> Iterator[int]:
+def failing(count: int) -> Generator[int, None, None]:
     yield from range(count)
     raise ValueError("source")
 
@@ -24,7 +24,7 @@ def alive(name: str) -> bool:
 def test_ahead_keeps_order_and_stays_within_its_depth() -> None:
     made: list[int] = []
 
-    def source() -> Iterator[int]:
+    def source() -> Generator[int, None, None]:
         for number in range(50):
             made.append(number)
             yield number
@@ -34,7 +34,7 @@ def test_ahead_keeps_order_and_stays_within_its_depth() -> None:
         assert item == number
         if number == 10:
             time.sleep(0.05)
-            assert len(made) <= 10 + 1 + 3 + 1
+            assert len(made) == 10 + 1 + 3
     assert made == list(range(50))
 
 
@@ -48,10 +48,59 @@ def test_ahead_raises_where_the_source_failed_and_ends_its_thread() -> None:
 
 
 def test_closing_ahead_early_ends_its_thread() -> None:
-    items = ahead(iter(range(10**9)), 2)
+    closed_in: list[str] = []
+
+    def source() -> Generator[int, None, None]:
+        try:
+            yield from range(10**9)
+        finally:
+            closed_in.append(threading.current_thread().name)
+
+    items = ahead(source(), 2)
     assert next(items) == 0
     items.close()
     assert not alive("ahead")
+    assert closed_in == ["ahead"]
+
+
+def test_closing_ahead_interrupts_a_source_that_begins_to_wait_only_then() -> None:
+    waits, closing = threading.Event(), threading.Event()
+
+    def source() -> Generator[int, None, None]:
+        yield 0
+        closing.wait(10)
+        waits.clear()
+        waits.wait(10)
+        yield 1
+
+    def interrupt() -> None:
+        waits.set()
+        closing.set()
+
+    items = ahead(source(), 2, interrupt)
+    assert next(items) == 0
+    start = time.monotonic()
+    items.close()
+    assert time.monotonic() - start < 3
+    assert not alive("ahead")
+
+
+def test_drain_makes_no_more_than_its_depth_before_it_is_taken() -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[int]:
+        for number in range(50):
+            made.append(number)
+            yield number
+
+    def consume(items: Iterator[int]) -> None:
+        for number in items:
+            if number == 10:
+                time.sleep(0.05)
+                assert len(made) == 10 + 1 + 3
+
+    drain(source(), consume, 3)
+    assert made == list(range(50))
 
 
 def test_drain_passes_everything_on() -> None:
