@@ -130,6 +130,8 @@ def first_that_runs(names: Sequence[str], tensor: Tensor, run: Callable[[str], R
             except torch.OutOfMemoryError:
                 raise
             except _kernel_errors() as error:
+                if str(error).startswith("DataLoader worker"):
+                    raise  # its signal handler's, wherever the run is
                 _failed[name] = f"{type(error).__name__}: {error}"
                 warnings.warn(
                     f"{name} failed and is not tried again in this process, the next "

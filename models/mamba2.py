@@ -126,7 +126,8 @@ class Mamba2Mixer(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """`[b, l, d_model]` -> the same shape."""
-        inner = self.core(self.in_proj(u), self.scan_backend)
+        projected = self.in_proj(u)
+        inner = run_scan(self.scan_backend, u, lambda name: self.core(projected, name), fused=False)
         return self.out_proj(inner * self.norm.weight.to(inner.dtype))
 
     def core(self, projected: Tensor, backend: str) -> Tensor:

@@ -235,31 +235,33 @@ def plain_errors(batches: Iterable[Any]) -> Iterator[Any]:
     except InputError as error:
         last = str(error).strip().splitlines()[-1]
         raise InputError(re.sub(r"^[\w.]*Error: ", "", last)) from error
-    except (RuntimeError, ConnectionError) as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         told = worker_fault(error)
         if told is None:
             raise  # a fault of ours, with the worker's traceback
         raise told from error
 
 
-def worker_fault(error: RuntimeError | ConnectionError) -> InputError | None:
-    """What to tell of an error that a dead or cut off data worker caused; None for any other.
-
-    The DataLoader raises it from a signal handler, so it may come out of any line of the training.
-    """
+def worker_fault(error: RuntimeError | ConnectionError | EOFError) -> InputError | None:
+    """What to tell of an error while batches were fetched; None for a fault of ours."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
     if "Bus error" in str(error) or "No space left" in str(error):
         return InputError(
             f"a data worker cannot hand over its batches ({lines[-1]}): enlarge /dev/shm"
             " (docker run --shm-size=8g) or set data.num_workers=0"
         )
-    # Reading what a dead worker was handing over fails as a broken connection.
-    if isinstance(error, ConnectionError) or lines[0].startswith("DataLoader worker"):
+    # Reading what a dead worker was handing over fails as a broken or ended connection.
+    if isinstance(error, ConnectionError | EOFError) or is_of_dead_worker(error):
         return InputError(
             f"a data worker died ({lines[0]}): if memory ran out, lower data.num_workers or"
             " data.prefetch; go on with --resume auto"
         )
     return None
+
+
+def is_of_dead_worker(error: Exception) -> bool:
+    """Whether the DataLoader's signal handler raised it, which may be in any line of the run."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 
 def _warn_of_shared_names(tracks: dict[str, list[Track]]) -> None:

@@ -13,9 +13,7 @@ import torch
 
 from models.errors import InputError
 from training.run_folder import RunFolder
-from training.state import training_state
 from training.trainer import Trainer
-from training.writer import snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +35,7 @@ def dry_run(trainer: Trainer) -> int:
         # What a step finds on the GPU while checkpoints are written beside it.
         copies = None
         if number == _STEPS:
-            copies = snapshot((trainer.weights(), training_state(trainer)))
+            copies = trainer.snapshot()
         started = time.monotonic()
         trainer.train_step(batches)
         skipped = trainer.skipped  # waits for the step

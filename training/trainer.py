@@ -177,7 +177,7 @@ class Trainer:
         saves = finished or stops or self.step % settings.checkpoint_every == 0
         saves = saves and self.world.is_main
         # Queued while a GPU is at work on the step, which a row waits for.
-        taken = self._snapshot() if saves and not validates else None
+        taken = self.snapshot() if saves and not validates else None
         if validates or stops or self.step % settings.log_every == 0:
             row = self.row()
             if validates:
@@ -331,9 +331,9 @@ class Trainer:
     def save(self, taken: tuple[Any, Any] | None = None) -> None:
         """Write, in the background, a checkpoint that `--resume` goes on from; rank 0's task.
 
-        taken: what `_snapshot` gave for this step; None takes it now.
+        taken: what `snapshot` gave for this step; None takes it now.
         """
-        copies = taken or self._snapshot()
+        copies = taken or self.snapshot()
         config, step = self.config.model, self.step
 
         def write() -> None:
@@ -343,5 +343,6 @@ class Trainer:
 
         self.writer.submit(write)
 
-    def _snapshot(self) -> tuple[Any, Any]:
+    def snapshot(self) -> tuple[Any, Any]:
+        """The weights that ship and the state beside them, as they are after the last step."""
         return snapshot((self.weights(), training_state(self)))

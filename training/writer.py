@@ -23,38 +23,49 @@ _ALIGNMENT = 16  # elements: a copied tensor starts where vector loads can
 def snapshot(state: Any) -> Any:
     """A copy of nested containers whose tensors no later step changes, each on its device.
 
-    Nothing waits for the device: the copies are queued behind the steps before. All tensors of a
-    device and type lie in one buffer, which `on_host` moves at once and a file stores as one.
+    Nothing waits for the device: the copies are queued behind the steps before. On a GPU the
+    tensors of a type lie in one buffer, for `on_host`.
     """
     leaves, structure = tree_flatten(state)
     groups = defaultdict(list)
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
             groups[leaf.device, leaf.dtype].append(index)
-    for (device, dtype), indices in groups.items():
+    for (device, _), indices in groups.items():
         sources = [leaves[index].detach() for index in indices]
-        sizes = [-(-source.numel() // _ALIGNMENT) * _ALIGNMENT for source in sources]
-        parts = torch.empty(sum(sizes), device=device, dtype=dtype).split(sizes)
-        copies = [p[: s.numel()].view(s.shape) for p, s in zip(parts, sources, strict=True)]
-        torch._foreach_copy_(copies, sources)  # thousands of small tensors, in a few launches
+        on_cpu = device.type == "cpu"
+        copies = [source.clone() for source in sources] if on_cpu else packed(sources)
         for index, copy in zip(indices, copies, strict=True):
             leaves[index] = copy
     return tree_unflatten(leaves, structure)
 
 
+def packed(sources: list[Tensor]) -> list[Tensor]:
+    """Copies of tensors of one device and type, one behind the other in one buffer."""
+    sizes = [-(-source.numel() // _ALIGNMENT) * _ALIGNMENT for source in sources]
+    parts = sources[0].new_empty(sum(sizes)).split(sizes)
+    copies = [p[: s.numel()].view(s.shape) for p, s in zip(parts, sources, strict=True)]
+    torch._foreach_copy_(copies, sources)  # thousands of small tensors, in a few launches
+    return copies
+
+
 def on_host(state: Any) -> Any:
-    """A `snapshot` on the CPU: its buffers are moved whole, and its tensors lie in them again."""
-    buffers: dict[int, Tensor] = {}
+    """A `snapshot` on the CPU, each tensor with memory of its own.
+
+    A buffer crosses as one: to fetch thousands of small tensors keeps Python and the driver busy.
+    """
+    buffers: dict[tuple[torch.dtype, int], Tensor] = {}
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.device.type == "cpu":
             return leaf
         storage = leaf.untyped_storage()
-        if storage.data_ptr() not in buffers:
-            whole = torch.empty(0, device=leaf.device, dtype=leaf.dtype).set_(storage)
-            buffers[storage.data_ptr()] = _fetch(whole)
-        whole = buffers[storage.data_ptr()]
-        return whole.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
+        key = leaf.dtype, storage.data_ptr()
+        if key not in buffers:
+            buffers[key] = _fetch(leaf.new_empty(0).set_(storage))
+        # A view would take the whole buffer into every file and model that it is put in.
+        whole = buffers[key]
+        return whole.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset()).clone()
 
     return tree_map(move, state)
 

@@ -2,8 +2,9 @@
 
 Between the passes it keeps the block's input and the scan's output: 2 (d_model + 2 d_inner) bytes a
 token in bfloat16, where the input projection alone is 2 (4 d_inner + 4 n + 2 h). The backward pass
-computes the projection, the convolution and the states again. Both passes take a large batch part
-by part, since what they work with is several times what is kept.
+computes the projection, the convolution and the states again, or finds the first two where the
+forward pass was asked to keep its work. Both passes take a large batch part by part, since what
+they work with is several times what is kept.
 """
 
 from __future__ import annotations

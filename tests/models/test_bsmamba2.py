@@ -24,6 +24,14 @@ def test_default_network_is_the_papers():
     assert mine == expected["state_dict"]
 
 
+def test_only_the_last_block_keeps_its_work():
+    model = BSMamba2(replace(TINY, depth=2))
+    kept = [block.keeps_work for pair in model.layers for block in pair]
+    assert kept == [False, False, False, True]
+    model = BSMamba2(replace(TINY, gradient_checkpointing=True))
+    assert not any(block.keeps_work for pair in model.layers for block in pair)
+
+
 @pytest.mark.parametrize("backend", ("sequential", "chunked"))
 @pytest.mark.parametrize("dtype", (torch.complex64, torch.complex128))
 def test_forward_agrees_with_the_authors(backend, dtype, golden, assert_close):

@@ -122,6 +122,25 @@ def test_a_failing_kernel_falls_back_with_one_warning(monkeypatch):
     assert "ssd" not in real(on_gpu(torch.bfloat16), fused=False)
 
 
+def test_a_dead_data_worker_is_no_failing_kernel(monkeypatch):
+    death = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    monkeypatch.setitem(IMPLEMENTATIONS, "ssd", failing(death))
+    monkeypatch.setattr(dispatch, "missing", lambda name, tensor: None)
+    monkeypatch.setattr(dispatch, "candidates", lambda t, fused: ["ssd", "chunked"])
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        selective_scan(*scan_inputs())
+    assert not dispatch._failed
+
+
+def test_mixer_takes_norm_and_scan_of_one_backend(monkeypatch):
+    mixer = mamba2.Mamba2Mixer(8, d_state=4, headdim=8, scan_backend="ssd")
+    monkeypatch.setenv("BSMAMBA2_SCAN", "chunked")
+    u = torch.randn(2, 5, 8)
+    y = mixer(u)  # mamba-ssm is not asked for
+    mixer.scan_backend = "chunked"
+    assert torch.equal(y, mixer(u))
+
+
 def test_training_goes_on_after_a_failing_kernel(monkeypatch, assert_close):
     monkeypatch.setitem(IMPLEMENTATIONS, "ssd", failing(RuntimeError("bad build")))
     monkeypatch.setattr(dispatch, "missing", lambda name, tensor: None)

@@ -259,7 +259,9 @@ def test_gradients_can_be_taken_twice(keeps_work: bool) -> None:
     block.keeps_work = keeps_work
     x = torch.randn(1, 4, 7, 24, device=DEVICE, requires_grad=True)
     y = block(x, 1)
+    assert len(y.grad_fn.works) == keeps_work  # type: ignore[union-attr]
     first = torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0]
+    assert not y.grad_fn.works  # type: ignore[union-attr]
     assert torch.equal(first, torch.autograd.grad(y.square().sum(), x)[0])
 
 

@@ -288,6 +288,17 @@ def test_a_worker_that_dies_during_a_step_is_one_line(
         train(tiny_config)
 
 
+def test_other_faults_are_not_put_on_the_data_workers(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(self: Trainer) -> None:
+        raise RuntimeError("inductor: [Errno 28] No space left on device: '/tmp/torchinductor'")
+
+    monkeypatch.setattr(Trainer, "update", update)
+    with pytest.raises(RuntimeError, match="torchinductor"):
+        train(tiny_config)
+
+
 def test_going_back_gives_up_the_checkpoints_of_later_steps(
     tiny_config: Path, tmp_path: Path
 ) -> None:

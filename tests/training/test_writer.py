@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from models.errors import InputError
-from training.writer import BackgroundWriter, on_host, snapshot
+from training.writer import BackgroundWriter, on_host, packed, snapshot
 
 
 def test_jobs_run_in_order_beside_the_caller() -> None:
@@ -68,22 +68,23 @@ def test_snapshot_keeps_values_and_the_rest() -> None:
     assert torch.equal(copy["b"]["c"][0], torch.zeros(3))
 
 
-def test_snapshot_is_one_buffer_a_type() -> None:
-    state = {"a": torch.randn(3, 5).T, "b": torch.tensor(2.0), "c": torch.empty(0), "d": [1]}
-    copy = snapshot({**state, "n": torch.tensor(7)})
-    assert all(torch.equal(copy[name], state[name]) for name in "abc")
-    buffers = {copy[name].untyped_storage().data_ptr() for name in "ab"}
-    assert len(buffers) == 1 and copy["n"].untyped_storage().data_ptr() not in buffers
-    assert copy["b"].data_ptr() % 64 == copy["a"].data_ptr() % 64
+def test_packed_tensors_share_one_buffer() -> None:
+    sources = [torch.randn(3, 5).T, torch.tensor(2.0), torch.empty(0), torch.randn(17)]
+    copies = packed(sources)
+    assert all(torch.equal(copy, source) for copy, source in zip(copies, sources, strict=True))
+    assert len({copy.untyped_storage().data_ptr() for copy in copies}) == 1
+    assert len({copy.data_ptr() % 64 for copy in copies}) == 1
 
 
 @pytest.mark.gpu
 def test_snapshot_reaches_the_host_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.writer._PIECE", 7)
     state = [torch.randn(3, 5, device="cuda"), torch.tensor(7, device="cuda"), torch.ones(2), "x"]
+    state += [torch.ones(9, device="cuda"), torch.empty(0, device="cuda")]
     for copy, original in zip(on_host(snapshot(state)), state, strict=True):
         if isinstance(original, torch.Tensor):
             assert copy.device.type == "cpu" and torch.equal(copy, original.cpu())
+            assert copy.untyped_storage().nbytes() == copy.nbytes
         else:
             assert copy == original
 
