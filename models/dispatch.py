@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from models.errors import InputError
+from models.errors import InputError, is_of_dead_worker
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -130,8 +130,8 @@ def first_that_runs(names: Sequence[str], tensor: Tensor, run: Callable[[str], R
             except torch.OutOfMemoryError:
                 raise
             except _kernel_errors() as error:
-                if str(error).startswith("DataLoader worker"):
-                    raise  # its signal handler's, wherever the run is
+                if is_of_dead_worker(error):
+                    raise
                 _failed[name] = f"{type(error).__name__}: {error}"
                 warnings.warn(
                     f"{name} failed and is not tried again in this process, the next "

@@ -79,3 +79,8 @@ def _standard_output_is_closed() -> bool:
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def is_of_dead_worker(error: Exception) -> bool:
+    """Whether the DataLoader's signal handler raised it, which may be in any line of a run."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")

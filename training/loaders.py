@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Subset, default_collate
 
-from models.errors import InputError
+from models.errors import InputError, is_of_dead_worker
 from training.config import Config
 from training.data.activity import ActivityIndex, build_activity_index
 from training.data.augment import Augmentation
@@ -236,32 +236,27 @@ def plain_errors(batches: Iterable[Any]) -> Iterator[Any]:
         last = str(error).strip().splitlines()[-1]
         raise InputError(re.sub(r"^[\w.]*Error: ", "", last)) from error
     except (RuntimeError, ConnectionError, EOFError) as error:
-        told = worker_fault(error)
-        if told is None:
+        if "Bus error" in str(error) or "No space left" in str(error):
+            raise InputError(
+                f"a data worker cannot hand over its batches ({_lines(error)[-1]}): enlarge"
+                " /dev/shm (docker run --shm-size=8g) or set data.num_workers=0"
+            ) from error
+        if isinstance(error, RuntimeError) and not is_of_dead_worker(error):
             raise  # a fault of ours, with the worker's traceback
-        raise told from error
+        # Reading what a dead worker was handing over fails as a broken or ended connection.
+        raise worker_death(error) from error
 
 
-def worker_fault(error: RuntimeError | ConnectionError | EOFError) -> InputError | None:
-    """What to tell of an error while batches were fetched; None for a fault of ours."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    if "Bus error" in str(error) or "No space left" in str(error):
-        return InputError(
-            f"a data worker cannot hand over its batches ({lines[-1]}): enlarge /dev/shm"
-            " (docker run --shm-size=8g) or set data.num_workers=0"
-        )
-    # Reading what a dead worker was handing over fails as a broken or ended connection.
-    if isinstance(error, ConnectionError | EOFError) or is_of_dead_worker(error):
-        return InputError(
-            f"a data worker died ({lines[0]}): if memory ran out, lower data.num_workers or"
-            " data.prefetch; go on with --resume auto"
-        )
-    return None
+def worker_death(error: Exception) -> InputError:
+    """What to tell of a data worker that died, as `error` shows."""
+    return InputError(
+        f"a data worker died ({_lines(error)[0]}): if memory ran out, lower data.num_workers or"
+        " data.prefetch; go on with --resume auto"
+    )
 
 
-def is_of_dead_worker(error: Exception) -> bool:
-    """Whether the DataLoader's signal handler raised it, which may be in any line of the run."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+def _lines(error: Exception) -> list[str]:
+    return [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
 
 
 def _warn_of_shared_names(tracks: dict[str, list[Track]]) -> None:

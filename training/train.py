@@ -30,11 +30,11 @@ from pathlib import Path
 
 import torch
 
-from models.errors import InputError, run_command
+from models.errors import InputError, is_of_dead_worker, run_command
 from models.files import write_text
 from training.config import Config, dump_config, load_config
 from training.distributed import World, joined_world, lost_a_rank
-from training.loaders import is_of_dead_worker, worker_fault
+from training.loaders import worker_death
 from training.rehearsal import dry_run, profile
 from training.run_folder import RunFolder
 from training.summary import summary
@@ -83,9 +83,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             raise unwritable(error, config.run.dir) from error
         except RuntimeError as error:
-            told = worker_fault(error) if is_of_dead_worker(error) else None
-            if told is not None:
-                raise told from error
+            if is_of_dead_worker(error):
+                raise worker_death(error) from error
             if world.size == 1 or not lost_a_rank(error):
                 raise
             raise InputError(

@@ -54,27 +54,23 @@ def _float_empty(like: Tensor, *shape: int) -> Tensor:
 def prepare(proj: Tensor, params: MixerParameters, plan: Plan) -> Scan:
     """The convolution, and dt with its cumulative decay."""
     with torch.cuda.device_of(proj):
-        return _prepare(proj, params, plan)
-
-
-def _prepare(proj: Tensor, params: MixerParameters, plan: Plan) -> Scan:
-    xbc = proj.new_empty(*proj.shape[:-1], plan.d_xbc)
-    pieces = triton.cdiv(plan.length, CONV_PIECE)
-    blocks = triton.cdiv(plan.d_xbc, CONV_CHANNELS)
-    conv_kernels.conv_forward[(plan.sequences * 2 * pieces * blocks,)](
-        *(proj, params.conv_weight, params.conv_bias, xbc),
-        *(*plan.geometry[:-1], pieces),
-        **plan.sizes("W", "D_INNER", "D_XBC", "D_CONV"),
-        **{"Q": CONV_PIECE, "BLOCK_C": CONV_CHANNELS, "STAGES": CONV_AHEAD},
-    )
-    dt = _float_empty(proj, plan.sequences, 2, plan.nheads, plan.chunks * plan.config.chunk)
-    decay = torch.empty_like(dt)
-    forward_kernels.dt_forward[(plan.programs,)](
-        *(proj, params.dt_bias, params.A_log, dt, decay),
-        *plan.geometry,
-        **plan.sizes("W", "H", "Q", "BLOCK_H"),
-    )
-    return Scan(xbc, dt, decay)
+        xbc = proj.new_empty(*proj.shape[:-1], plan.d_xbc)
+        pieces = triton.cdiv(plan.length, CONV_PIECE)
+        blocks = triton.cdiv(plan.d_xbc, CONV_CHANNELS)
+        conv_kernels.conv_forward[(plan.sequences * 2 * pieces * blocks,)](
+            *(proj, params.conv_weight, params.conv_bias, xbc),
+            *(*plan.geometry[:-1], pieces),
+            **plan.sizes("W", "D_INNER", "D_XBC", "D_CONV"),
+            **{"Q": CONV_PIECE, "BLOCK_C": CONV_CHANNELS, "STAGES": CONV_AHEAD},
+        )
+        dt = _float_empty(proj, plan.sequences, 2, plan.nheads, plan.chunks * plan.config.chunk)
+        decay = torch.empty_like(dt)
+        forward_kernels.dt_forward[(plan.programs,)](
+            *(proj, params.dt_bias, params.A_log, dt, decay),
+            *plan.geometry,
+            **plan.sizes("W", "H", "Q", "BLOCK_H"),
+        )
+        return Scan(xbc, dt, decay)
 
 
 def _states(scan: Scan, plan: Plan) -> Tensor:

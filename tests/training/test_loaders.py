@@ -50,7 +50,7 @@ def test_a_dead_worker_is_one_line(tiny_config: Path) -> None:
     code = """
 import multiprocessing, sys
 from training.config import load_config
-from training.loaders import Loaders, worker_fault
+from training.loaders import Loaders, worker_death
 from training.run_folder import RunFolder
 
 config = load_config(sys.argv[1], ["data.num_workers=1"])
@@ -62,7 +62,7 @@ try:
     for _ in range(10):
         next(batches)
 except RuntimeError as error:  # it came before the next batch was asked for
-    print(worker_fault(error))
+    print(worker_death(error))
 except Exception as error:
     print(f"{type(error).__name__}: {error}")
 """

@@ -277,25 +277,29 @@ def test_full_disk_met_by_the_metrics_is_one_line(
         train(tiny_config)
 
 
-def test_a_worker_that_dies_during_a_step_is_one_line(
-    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def update(self: Trainer) -> None:  # the DataLoader's signal handler raises wherever we are
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-
-    monkeypatch.setattr(Trainer, "update", update)
-    with pytest.raises(InputError, match=r"^a data worker died \(.*data.num_workers"):
-        train(tiny_config)
-
-
-def test_other_faults_are_not_put_on_the_data_workers(
-    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("message", "kind", "told"),
+    [
+        # The DataLoader's signal handler raises wherever the run is.
+        ("DataLoader worker (pid 7) is killed by signal: Killed. ", InputError,
+         r"^a data worker died \(.*data.num_workers"),
+        ("inductor: [Errno 28] No space left on device: '/tmp/torchinductor'", RuntimeError,
+         "torchinductor"),
+    ],
+    ids=["a worker's death is one line", "another fault is not put on the workers"],
+)  # fmt: skip
+def test_faults_during_a_step(
+    message: str,
+    kind: type[Exception],
+    told: str,
+    tiny_config: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def update(self: Trainer) -> None:
-        raise RuntimeError("inductor: [Errno 28] No space left on device: '/tmp/torchinductor'")
+        raise RuntimeError(message)
 
     monkeypatch.setattr(Trainer, "update", update)
-    with pytest.raises(RuntimeError, match="torchinductor"):
+    with pytest.raises(kind, match=told):
         train(tiny_config)
 
 
