@@ -21,6 +21,7 @@ Result = TypeVar("Result")
 ENVIRONMENT_VARIABLE = "BSMAMBA2_SCAN"
 # The fastest first.
 SCAN_BACKENDS = ("auto", "triton", "selective_scan", "ssd", "chunked", "sequential")
+_IN_PYTORCH = ("chunked", "sequential", "torch")  # scans, and a convolution
 OUT_OF_MEMORY_HINT = (
     "out of memory: lower training.batch_size, or set model.gradient_checkpointing=true"
 )
@@ -60,7 +61,7 @@ def missing(backend: str, tensor: Tensor) -> str | None:
     """Why `backend` cannot run on `tensor`, with the remedy; None where it can."""
     from models import mamba2  # read at call time: its flags may be changed by a user
 
-    if backend in ("chunked", "sequential"):
+    if backend in _IN_PYTORCH:
         return None
     if backend == "triton":
         return _missing_triton(tensor)
@@ -118,7 +119,16 @@ def run_scan(
     if reason is not None:
         raise InputError(f"scan backend {name!r} cannot run: {reason}")
     with memory_hint():
+        return _call(run, name)
+
+
+def _call(run: Callable[[str], Result], name: str) -> Result:
+    """run(name), which torch.compile follows into PyTorch's operations, not into kernels."""
+    if name in _IN_PYTORCH or not torch.compiler.is_compiling():
         return run(name)
+    from models.untraced import untraced
+
+    return untraced(run, name)
 
 
 def first_that_runs(names: Sequence[str], tensor: Tensor, run: Callable[[str], Result]) -> Result:
@@ -126,7 +136,7 @@ def first_that_runs(names: Sequence[str], tensor: Tensor, run: Callable[[str], R
     with memory_hint():
         for name in names[:-1]:
             try:
-                result = run(name)
+                result = _call(run, name)
             except torch.OutOfMemoryError:
                 raise
             except _kernel_errors() as error:

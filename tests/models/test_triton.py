@@ -6,6 +6,7 @@ Without a GPU the kernels run in Triton's interpreter, so the sizes are small.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -277,3 +278,21 @@ def test_unsupported_input_is_refused() -> None:
         mixer_core(proj[..., :-1].contiguous(), params, "time")
     with pytest.raises(ValueError, match="d_conv"):
         mixer_core(proj, params._replace(conv_weight=torch.zeros(2, 5, 64)), "time")
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiled_block_runs_the_kernels_as_they_are() -> None:
+    block, _ = blocks()
+    x = torch.randn(1, 4, 7, 24, device=DEVICE, requires_grad=True)
+    wanted = block(x, 1)
+    compiled = torch.compile(block, backend="aot_eager")(x, 1)
+    assert torch.equal(wanted, compiled)
+    wanted_dx = torch.autograd.grad(wanted.square().sum(), x)[0]
+    assert torch.equal(wanted_dx, torch.autograd.grad(compiled.square().sum(), x)[0])
