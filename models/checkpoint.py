@@ -91,7 +91,13 @@ def save_pickled(path: Path, content: dict[str, Any]) -> None:
     """Write what torch.save can, whole or not at all. Raises OSError if it cannot be written."""
     with whole_file(path) as temporary:
         try:
-            torch.save(content, temporary)
+            # Given a path, torch keeps other threads from Python for 0.3 s.
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise _disk_is_full(path) from error
         except RuntimeError as error:
             # torch reports a failed write of any kind as a wrong position in its archive.
             if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):

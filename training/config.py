@@ -98,6 +98,8 @@ class DataSection(Section):
     """Slowest tempo, as a factor."""
     tempo_max: Annotated[float, Field(ge=1, le=2)] = 1.1
     """Fastest tempo, as a factor."""
+    augment_after: NonNegativeInt = 0
+    """Examples from the start of the run without any of these changes."""
     num_workers: NonNegativeInt = 4
     """Processes that read audio; 0 reads in the training process."""
     prefetch: PositiveInt = 2

@@ -9,7 +9,6 @@ of it, which the caller keeps or computes again.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from models.scan import triton_forward as forward_kernels
 from models.scan import triton_rows as row_kernels
 from models.scan.triton_plan import (
     SCAN_SIZES,
+    Gpu,
     KernelConfig,
     Launch,
     MixerParameters,
@@ -123,13 +123,6 @@ def output_launch(shared_bytes: int, width: int) -> Launch:
     return Launch(8, min(4, max(1, shared_bytes // stage)))
 
 
-@functools.cache
-def _shared_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0  # Triton's interpreter
-    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
-
-
 def output_forward(
     x: Tensor, normal: Tensor, w_out: Tensor, skip: Tensor, bias: Tensor, out: Tensor
 ) -> None:
@@ -149,7 +142,7 @@ def output_forward(
             *(x, normal, w_out, skip, bias, out, tokens),
             **{"D_MODEL": width, "D_MIXED": mixed},
             **{"BLOCK_T": OUTPUT_TOKENS, "BLOCK_D": block_d, "BLOCK_I": OUTPUT_STEP},
-            **output_launch(_shared_bytes(x.device), block_d).options(),
+            **output_launch(Gpu.of(x.device).shared_bytes, block_d).options(),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCAN_SIZES = ("D_INNER", "D_XBC", "H", "P", "N", "SPLITS", "Q", "BLOCK_N", "BLOCK_P", "PRECISION")
+
+# What state_key takes of shared memory for float32 tiles of 64 steps: H100 and A100 have it.
+WIDE_BYTES = 163_840
 
 
 class Launch(NamedTuple):
@@ -23,6 +27,23 @@ class Launch(NamedTuple):
     def options(self) -> dict[str, int]:
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options | ({"maxnreg": self.maxnreg} if self.maxnreg else {})
+
+
+class Gpu(NamedTuple):
+    """What decides on launches; the defaults are those of Triton's interpreter."""
+
+    shared_bytes: int = 0  # that one program can have
+    has_tf32: bool = False  # tensor cores that take float32, rounded
+
+    @staticmethod
+    @functools.cache
+    def of(device: torch.device) -> Gpu:
+        if device.type != "cuda":
+            return Gpu()
+        driver = triton.runtime.driver.active.utils
+        shared = driver.get_device_properties(device.index)["max_shared_mem"]
+        is_nvidia = torch.version.hip is None
+        return Gpu(shared, is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 @dataclass(frozen=True)
@@ -41,14 +62,16 @@ class KernelConfig:
     chunk_backward: Launch = Launch(4, 3)
 
     @staticmethod
-    def choose(dtype: torch.dtype, length: int, d_state: int) -> KernelConfig:
+    def choose(dtype: torch.dtype, length: int, d_state: int, gpu: Gpu) -> KernelConfig:
         """The configuration for a sequence length: one chunk where the sequence fits in it."""
-        # A float32 tile is twice the bytes, and its products run outside the tensor cores.
         wide = dtype == torch.float32
-        longest = 32 if wide or d_state > 128 else 64
+        fits = not wide or gpu.shared_bytes >= WIDE_BYTES
+        longest = 64 if fits and d_state <= 128 else 32
         chunk = max(16, min(longest, triton.next_power_of_2(length)))
         if not wide:
             return KernelConfig(chunk)
+        if gpu.has_tf32:
+            return KernelConfig(chunk, 64, *[Launch(4, 1)] * 7)
         # With one stage, ptxas keeps chunk_forward's tiles in local memory.
         return KernelConfig(chunk, 64, Launch(8, 1), Launch(8, 2), *[Launch(8, 1)] * 5)
 
@@ -150,6 +173,14 @@ def _check(proj: Tensor, params: MixerParameters, axis: str) -> None:
         raise ValueError(f"width {width} does not split into z, xBC ({d_xbc}) and dt ({nheads})")
 
 
+def _precision(allow_tf32: bool, gpu: Gpu) -> str:
+    """How float32 tiles are multiplied."""
+    if allow_tf32:
+        return "tf32"
+    # Each factor as the sum of two TF32 numbers: as exact as float32, and on the tensor cores.
+    return "tf32x3" if gpu.has_tf32 else "ieee"
+
+
 def make_plan(
     proj: Tensor, params: MixerParameters, axis: str, allow_tf32: bool, config: KernelConfig | None
 ) -> Plan:
@@ -159,7 +190,8 @@ def make_plan(
     d_inner = width - d_xbc - nheads
     d_state, headdim = (d_xbc - d_inner) // 2, d_inner // nheads
     sequences, *strides, length = _geometry(proj.shape, axis)
-    config = config or KernelConfig.choose(proj.dtype, length, d_state)
+    gpu = Gpu.of(proj.device)
+    config = config or KernelConfig.choose(proj.dtype, length, d_state, gpu)
     block_n = max(16, triton.next_power_of_2(d_state))
     # A head's state tile stays within 64 x 128; a wider head takes `splits` tiles.
     limit = max(16, min(config.headdim_tile, 8192 // block_n))
@@ -177,6 +209,6 @@ def make_plan(
         splits=triton.cdiv(headdim, block_p),
         block_n=block_n,
         block_p=block_p,
-        precision="tf32" if allow_tf32 else "ieee",
+        precision=_precision(allow_tf32, gpu),
         config=config,
     )

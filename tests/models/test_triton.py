@@ -23,7 +23,7 @@ from models.mamba2 import Mamba2Block  # noqa: E402
 from models.scan import triton_block, triton_mixer  # noqa: E402
 from models.scan.sequential import sequential_scan  # noqa: E402
 from models.scan.triton_mixer import mixer_core  # noqa: E402
-from models.scan.triton_plan import KernelConfig, Launch, MixerParameters  # noqa: E402
+from models.scan.triton_plan import Gpu, KernelConfig, Launch, MixerParameters  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 EPS = 1e-5
@@ -131,10 +131,17 @@ def test_head_split_into_tiles() -> None:
 
 
 def test_default_configuration_covers_a_sequence_in_one_chunk() -> None:
-    assert KernelConfig.choose(torch.bfloat16, 62, 128).chunk == 64
-    assert KernelConfig.choose(torch.bfloat16, 801, 128).chunk == 64
-    assert KernelConfig.choose(torch.bfloat16, 801, 256).chunk == 32
+    assert KernelConfig.choose(torch.bfloat16, 62, 128, Gpu()).chunk == 64
+    assert KernelConfig.choose(torch.bfloat16, 801, 128, Gpu()).chunk == 64
+    assert KernelConfig.choose(torch.bfloat16, 801, 256, Gpu()).chunk == 32
     assert_close(draw((2, 3, 5), 2, 16, 16, 4), "band", config=None)
+
+
+def test_float32_takes_the_tensor_cores_where_its_tiles_fit() -> None:
+    h100, rtx, t4 = Gpu(232_448, True), Gpu(101_376, True), Gpu(65_536, False)
+    configs = [KernelConfig.choose(torch.float32, 801, 128, gpu) for gpu in (h100, rtx, t4)]
+    assert [config.chunk for config in configs] == [64, 32, 32]
+    assert [config.state_key.num_warps for config in configs] == [4, 4, 8]
 
 
 @pytest.mark.parametrize(

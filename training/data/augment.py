@@ -54,6 +54,7 @@ class Augmentation:
         tempo_prob: the tempo multiplied by a factor between
         tempo_min: and
         tempo_max: the pitch staying as it is.
+        augment_after: the first so many examples of a run stay as they are.
 
     Raises:
         InputError: pitch or tempo is asked for and python-stretch is not installed.
@@ -69,6 +70,7 @@ class Augmentation:
     tempo_prob: float = 0.0
     tempo_min: float = 0.9
     tempo_max: float = 1.1
+    augment_after: int = 0
 
     def __post_init__(self) -> None:
         if self.pitch_prob or self.tempo_prob:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 
 from models.errors import InputError
 from training.data.activity import ActivityIndex
-from training.data.augment import Augmentation
+from training.data.augment import Augmentation, Change
 from training.data.failures import ReadFailures
 from training.data.track import AUDIO_CHANNELS, CorruptAudioError, Track
 
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 Example = dict[str, torch.Tensor]
 _MAX_REDRAWS = 50
+_NONE = Augmentation()
 _MAX_LAYERS = 3  # windows of one stem on top of each other
 
 
@@ -92,9 +93,11 @@ class RandomMixes(Dataset[Example]):
         if rng.random() < self.silent_prob:
             return
         changes = self._generator(i, stem_number, 1)
+        augmentation = self.augmentation if i >= self.augmentation.augment_after else _NONE
         for layer in range(1, _MAX_LAYERS + 1):
-            self._add_window(rng, changes, stem_number, np.float32(gain), out)
-            if changes.random() >= self.augmentation.same_stem_prob:
+            change = augmentation.draw(changes, self.tracks[0].sample_rate)
+            self._add_window(rng, change, stem_number, np.float32(gain), out)
+            if changes.random() >= augmentation.same_stem_prob:
                 return
             rng = self._generator(i, stem_number, 1 + layer)
             gain = rng.uniform(*self.gain)
@@ -108,7 +111,7 @@ class RandomMixes(Dataset[Example]):
     def _add_window(
         self,
         rng: np.random.Generator,
-        changes: np.random.Generator,
+        change: Change,
         stem_number: int,
         gain: np.float32,
         out: np.ndarray,
@@ -116,7 +119,6 @@ class RandomMixes(Dataset[Example]):
         """Add a random active window of a stem to `out` [c, t]; where it fails, another one."""
         stem = self.stems[stem_number]
         rows = self.windows[stem]
-        change = self.augmentation.draw(changes, self.tracks[0].sample_rate)
         for _ in range(_MAX_REDRAWS):
             track_number, start = rows[rng.integers(len(rows))]
             track = self.tracks[track_number]

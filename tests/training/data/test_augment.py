@@ -103,6 +103,13 @@ def test_draws_are_within_their_ranges() -> None:
     assert max(abs(c.semitones) for c in changes) <= 2
 
 
+def test_augmentation_that_begins_later(tracks, index) -> None:
+    plain, changed = mixes(tracks, index), mixes(tracks, index, polarity_prob=1.0)
+    later = mixes(tracks, index, polarity_prob=1.0, augment_after=3)
+    for i, wanted in ((0, plain), (2, plain), (3, changed), (9, changed)):
+        np.testing.assert_array_equal(later[i]["target"].numpy(), wanted[i]["target"].numpy())
+
+
 def peak_hz(audio: np.ndarray) -> float:
     spectrum = np.abs(np.fft.rfft(audio[0] * np.hanning(audio.shape[-1])))
     return float(np.argmax(spectrum)) * RATE / audio.shape[-1]
