@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 ENVIRONMENT_VARIABLE = "BSMAMBA2_SCAN"
 # The fastest first.
-SCAN_BACKENDS = ("auto", "triton", "selective_scan", "ssd", "chunked", "sequential")
+SCAN_BACKENDS = ("auto", "triton", "ssd", "chunked", "selective_scan", "sequential")
 _IN_PYTORCH = ("chunked", "sequential", "torch")  # scans, and a convolution
 OUT_OF_MEMORY_HINT = (
     "out of memory: lower training.batch_size, or set model.gradient_checkpointing=true"
@@ -87,15 +87,16 @@ def _missing_triton(tensor: Tensor) -> str | None:
 def candidates(tensor: Tensor, fused: bool) -> list[str]:
     """Scan backends for `auto` in order of preference, without those that cannot run here.
 
-    In float32 only those that keep 1e-5 are offered, unless TF32 is allowed. `fused` says that the
-    caller can run a whole block, which is what `triton` is.
+    In float32 only those that keep 1e-5 are offered, unless TF32 is allowed; selective_scan keeps it,
+    and takes three times as long as chunked. `fused` says that the caller can run a whole block,
+    which is what `triton` is.
     """
     if tensor.device.type != "cuda":
         return ["chunked"]
     exact = compute_dtype(tensor) == torch.float32 and (
         torch.get_float32_matmul_precision() == "highest"
     )
-    order = [*(["triton"] if fused else []), "selective_scan" if exact else "ssd"]
+    order = [*(["triton"] if fused else []), *([] if exact else ["ssd"])]
     runnable = [name for name in order if name not in _failed and missing(name, tensor) is None]
     return [*runnable, "chunked"]
 

@@ -46,7 +46,7 @@ def scan_inputs(batch=3, length=20):
 
 def test_auto_keeps_float32_precision_unless_tf32_is_allowed(installed, monkeypatch):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
-    assert dispatch.candidates(on_gpu(), fused=False) == ["selective_scan", "chunked"]
+    assert dispatch.candidates(on_gpu(), fused=False) == ["chunked"]
     assert dispatch.candidates(on_gpu(torch.bfloat16), fused=False) == ["ssd", "chunked"]
     assert dispatch.candidates(on_gpu(torch.float64), fused=False) == ["chunked"]
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
