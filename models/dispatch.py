@@ -87,9 +87,9 @@ def _missing_triton(tensor: Tensor) -> str | None:
 def candidates(tensor: Tensor, fused: bool) -> list[str]:
     """Scan backends for `auto` in order of preference, without those that cannot run here.
 
-    In float32 only those that keep 1e-5 are offered, unless TF32 is allowed; selective_scan keeps it,
-    and takes three times as long as chunked. `fused` says that the caller can run a whole block,
-    which is what `triton` is.
+    In float32 only those that keep 1e-5 are offered, unless TF32 is allowed. selective_scan keeps
+    it too, and takes three times as long as chunked. `fused` says that the caller can run a whole
+    block, which is what `triton` is.
     """
     if tensor.device.type != "cuda":
         return ["chunked"]

@@ -174,8 +174,9 @@ class TrainingSection(Section):
     """Largest L2 norm over all parameters of the gradient of one optimizer step."""
     ema_decay: Fraction = 0.999
     """Decay per optimizer step of the averaged weights, which are those that validate."""
-    ema_warmup: bool = False
-    """Start with a short average: the decay of update n is at most n / (10 + n)."""
+    ema_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Average about this share of the steps so far where ema_decay would reach further back;
+    null, as in the paper, leaves the start in the average until ema_decay has faded it."""
     save_ema: bool = True
     """Ship the averaged weights; false ships the raw ones, as the authors' checkpoints do."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"

@@ -18,18 +18,20 @@ class EMA:
     Args:
         model: the network whose parameters are followed; their number and shapes must not change.
         decay: weight of the past, in [0, 1).
-        warmup: whether the first updates use less, so that the start is soon forgotten.
+        share: average about this share of the updates so far where `decay` would reach further
+            back: update n decays by n / (n + 1 / share) at most. None for `decay` alone.
     """
 
-    def __init__(self, model: nn.Module, decay: float, warmup: bool = False) -> None:
+    def __init__(self, model: nn.Module, decay: float, share: float | None = None) -> None:
         self.decay = decay
-        self.warmup = warmup
+        self.share = share
         self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, number: int) -> None:
         """Take in the present weights, after optimizer step `number`, counted from one."""
-        decay = min(self.decay, number / (10 + number)) if self.warmup else self.decay
+        longest = 1.0 if self.share is None else number / (number + 1 / self.share)
+        decay = min(self.decay, longest)
         weights = [p.detach() for _, p in model.named_parameters()]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 

@@ -87,7 +87,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, self.settings)
         fp16 = self.settings.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        self.ema = EMA(self.model, self.settings.ema_decay, self.settings.ema_warmup)
+        self.ema = EMA(self.model, self.settings.ema_decay, self.settings.ema_share)
         self.curriculum = TargetGain(config.curriculum, self.device, self.world)
         self.plateau = Plateau(self.settings.plateau_factor, self.settings.plateau_patience)
         self.position = Position()

@@ -65,8 +65,9 @@ class KernelConfig:
     def choose(dtype: torch.dtype, length: int, d_state: int, gpu: Gpu) -> KernelConfig:
         """The configuration for a sequence length: one chunk where the sequence fits in it."""
         wide = dtype == torch.float32
-        fits = not wide or gpu.shared_bytes >= WIDE_BYTES
-        longest = 64 if fits and d_state <= 128 else 32
+        longest = 64 if d_state <= 128 else 32
+        if wide and gpu.shared_bytes < WIDE_BYTES:
+            longest //= 2
         chunk = max(16, min(longest, triton.next_power_of_2(length)))
         if not wide:
             return KernelConfig(chunk)

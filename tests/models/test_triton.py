@@ -141,6 +141,7 @@ def test_float32_takes_the_tensor_cores_where_its_tiles_fit() -> None:
     h100, rtx, t4 = Gpu(232_448, True), Gpu(101_376, True), Gpu(65_536, False)
     configs = [KernelConfig.choose(torch.float32, 801, 128, gpu) for gpu in (h100, rtx, t4)]
     assert [config.chunk for config in configs] == [64, 32, 32]
+    assert KernelConfig.choose(torch.float32, 801, 256, rtx).chunk == 16  # 32 needs 112 KiB
     assert [config.state_key.num_warps for config in configs] == [4, 4, 8]
 
 

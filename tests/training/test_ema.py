@@ -33,9 +33,9 @@ def test_follows_the_weights_from_a_copy_without_bias_correction() -> None:
         torch.testing.assert_close(average, torch.full_like(average, expected))
 
 
-def test_a_warm_up_forgets_the_start() -> None:
+def test_a_share_of_the_steps_forgets_the_start() -> None:
     model = make_model(1.0)
-    ema = EMA(model, decay=0.5, warmup=True)
+    ema = EMA(model, decay=0.5, share=0.1)
     expected = 1.0
     for number, value in enumerate((2.0, 5.0), start=1):
         set_weights(model, value)
@@ -78,3 +78,13 @@ def test_state_goes_on_in_another_instance() -> None:
     other.update(model, 1)
     for name, average in ema.state_dict().items():
         assert torch.equal(average, other.state_dict()[name])
+
+
+def test_the_whole_share_is_the_mean() -> None:
+    model = make_model(0.0)
+    ema = EMA(model, decay=0.999, share=1.0)
+    for number, value in enumerate((2.0, 5.0, -4.0), start=1):
+        set_weights(model, value)
+        ema.update(model, number)
+    bias = ema.state_dict()["bias"]
+    torch.testing.assert_close(bias, torch.full_like(bias, (0.0 + 2.0 + 5.0 - 4.0) / 4))

@@ -100,7 +100,7 @@ def assert_tensorboard(folder: Path, rows: list[dict[str, float]]) -> None:
 
 def test_resumed_run_equals_an_uninterrupted_one(tiny_config: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    words = ["training.validate_every=2", "training.ema_warmup=true"]
+    words = ["training.validate_every=2", "training.ema_share=0.1"]
     words += ["curriculum.target_gain=2", "curriculum.release_sdr=-50"]
     assert train(tiny_config, f"run.dir={whole}", *words) == 0
     words.append(f"run.dir={parts}")
