@@ -11,6 +11,8 @@ rows are the authors' wiring: `mamba_ssm.modules.mamba2.Mamba2` on flipped copie
 from __future__ import annotations
 
 import argparse
+import math
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,8 +24,9 @@ from torch import Tensor
 from benchmarks import cases, training_step
 from benchmarks.cases import PEER, Case, Setting
 from benchmarks.report import Cell, environment, markdown_table, save
-from benchmarks.timing import free_memory, measure
+from benchmarks.timing import free_memory, measure, told
 from models import BSMamba2Config, InputError
+from models.dispatch import kernel_errors
 from models.errors import run_command
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -41,6 +44,7 @@ SIZES = {
     "paper": BSMamba2Config(),
     "small": BSMamba2Config(dim=64, depth=1, d_state=64, headdim=32),
 }
+FRAMES = "sequences x steps (network: batch x frames x bands) over the time"
 QUICK_SECONDS = [1.0]
 PAPER_SECONDS = [1.0, 4.0, 8.0]
 
@@ -73,11 +77,11 @@ def time_case(case: Case, setting: Setting, backward: bool) -> dict[str, Cell]:
 
 
 def output_of(case: Case, device: torch.device) -> Tensor | None:
-    """The case's output in float64 on the CPU; None where memory runs out."""
+    """The case's output in float64 on the CPU; None where it fails, which its timing tells of."""
     try:
         with torch.no_grad():
             return case.run(*case.inputs).cpu().double()
-    except torch.OutOfMemoryError:
+    except kernel_errors():
         return None
     finally:
         free_memory(device)
@@ -105,7 +109,17 @@ def run_part(
     """
     rows: list[dict[str, Cell]] = []
     expected: dict[str, Tensor | None] = {}
-    for case in PARTS[name](setting, seconds):
+    made = iter(PARTS[name](setting, seconds))
+    while True:
+        try:
+            case = next(made, None)
+        except kernel_errors() as failure:  # of the inputs of this case and those after it
+            row = dict.fromkeys(COLUMNS) | {"seconds": seconds, "what": name}
+            rows.append(row | {"median ms": told(failure)})
+            note(rows)
+            break
+        if case is None:
+            break
         if not setting.wants(case.backend):
             continue
         output = output_of(case, setting.device)
@@ -126,13 +140,14 @@ def run_part(
 
 
 def verdict(rows: Sequence[dict[str, Cell]]) -> str:
-    """One line: the fastest implementation of the longest clip's largest part, and its lead."""
+    """One line: the fastest implementation of the longest clip's last part, and its lead."""
     timed = [row for row in rows if isinstance(row["median ms"], float)]
     kinds = [[r for r in timed if _kind(r) == kind] for kind in dict.fromkeys(map(_kind, timed))]
     compared = [kind for kind in kinds if len(kind) > 1]
     if not compared:
-        return "Verdict: one implementation ran, so there is nothing to compare."
-    last = compared[-1]
+        return "Verdict: no part ran by more than one implementation: nothing to compare."
+    longest = max(float(kind[0]["seconds"] or 0) for kind in compared)
+    last = [kind for kind in compared if kind[0]["seconds"] == longest][-1]
     own = [row for row in last if row["backend"] != PEER]
     best = min(own, key=lambda row: float(row["median ms"] or 0))
     slowest = max(own, key=lambda row: float(row["median ms"] or 0))
@@ -157,7 +172,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(
         description="Time every implementation of the scan and of the convolution.",
-        epilog="frames/s: sequences x steps (network: batch x frames x bands) over the time.",
+        epilog=f"frames/s: {FRAMES}.",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
@@ -187,12 +202,19 @@ def make_setting(args: argparse.Namespace) -> Setting:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"--device {name}: no such device; use cpu or cuda") from error
-    if min(args.seconds or [1]) <= 0 or (1 if args.batch is None else args.batch) < 1:
-        raise InputError("--seconds and --batch must be positive")
+    if device.type not in ("cuda", "cpu"):
+        raise InputError(f"--device {name}: use cpu or cuda")
+    numbers = [*(args.seconds or []), *([] if args.batch is None else [args.batch])]
+    if not all(0 < number < math.inf for number in numbers):
+        raise InputError("--seconds and --batch must be positive numbers")
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     config = SIZES[args.size or ("paper" if device.type == "cuda" else "small")]
     backends = tuple(PEER if name == "peer" else name for name in args.backends or ())
-    return Setting(device, dtype, config, args.batch or (5 if args.training else 1), backends)
+    setting = Setting(device, dtype, config, args.batch or (5 if args.training else 1), backends)
+    for backend in backends:
+        if (reason := cases.unavailable(setting, backend)) is not None:
+            raise InputError(f"--backends {backend}: {reason}")
+    return setting
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -201,7 +223,8 @@ def main(argv: list[str] | None = None) -> int:
     setting = make_setting(args)
     facts = environment(setting.device, precision=str(setting.dtype).removeprefix("torch."))
     facts["network"] = f"dim {setting.config.dim}, depth {setting.config.depth}"
-    facts["command"] = "python benchmark_mamba_ssm.py " + " ".join(argv or sys.argv[1:])
+    facts["command"] = "python benchmark_mamba_ssm.py " + shlex.join(argv or sys.argv[1:])
+    facts["frames/s"] = FRAMES
     print("\n".join(f"{name}: {value}" for name, value in facts.items()), end="\n\n")
 
     rows: list[dict[str, Any]] = []
@@ -212,7 +235,9 @@ def main(argv: list[str] | None = None) -> int:
     columns: Sequence[str] = COLUMNS
     if args.training:
         columns = training_step.COLUMNS
-        rows = training_step.rows(setting, args.seconds, note)
+        rows = training_step.rows(
+            setting, args.seconds or (QUICK_SECONDS if args.quick else None), note
+        )
     else:
         short = args.quick or setting.device.type == "cpu"
         for seconds in args.seconds or (QUICK_SECONDS if short else PAPER_SECONDS):

@@ -23,6 +23,7 @@ from models.mamba2 import Mamba2Block
 from models.scan import IMPLEMENTATIONS
 
 PEER = "peer (mamba_ssm Mamba2)"
+GRAPH = "triton-graph"  # replayed as a CUDA graph
 REFERENCES = ("sequential", "nn.Conv1d")  # of speed-up and error
 
 
@@ -164,7 +165,24 @@ def network_cases(setting: Setting, seconds: float) -> Iterator[Case]:
         yield Case("network", name, (waveform,), run, tuple(model.parameters()), frames)
         if name == "triton" and setting.device.type == "cuda":
             run = _under_autocast(setting, name, GraphedNetwork(model.eval()))
-            yield Case("network", "triton, CUDA graph", (waveform,), run, (), frames, trains=False)
+            yield Case("network", GRAPH, (waveform,), run, (), frames, trains=False)
+
+
+def unavailable(setting: Setting, backend: str) -> str | None:
+    """Why an implementation that was asked for by name cannot run here; None where it can."""
+    probe = torch.empty(0, device=setting.device, dtype=setting.dtype)
+    if backend in (PEER, "causal_conv1d"):
+        there = has_peer(setting) if backend == PEER else mamba2.CAUSAL_CONV1D_AVAILABLE
+        return None if there else "it needs mamba-ssm and causal-conv1d on a CUDA device"
+    if backend == GRAPH and setting.device.type != "cuda":
+        return "CUDA graphs need a CUDA device"
+    if backend in ("nn.Conv1d", "torch"):
+        return None
+    scan = "triton" if backend == GRAPH else backend
+    if scan not in SCAN_BACKENDS or scan == "auto":
+        names = [*SCAN_BACKENDS[1:], GRAPH, "peer", "nn.Conv1d", "torch", "causal_conv1d"]
+        return f"unknown; choose among {', '.join(names)}"
+    return missing(scan, probe)
 
 
 def has_peer(setting: Setting) -> bool:

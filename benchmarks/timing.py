@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from models.dispatch import kernel_errors
+
 MIN_REPEATS, MAX_REPEATS = 3, 50
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)
@@ -35,27 +38,45 @@ class Timing:
 def measure(run: Callable[[], object], device: torch.device, budget_s: float = 0.5) -> Timing:
     """Time `run`, repeated for about `budget_s` seconds after one first and one warm call.
 
-    CUDA events on a GPU, wall clock on a CPU. Running out of memory is reported, not raised.
+    CUDA events on a GPU, wall clock on a CPU. A failure of `run` is reported, not raised.
     """
     free_memory(device)
     try:
         warmup_s = _wall(run, device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        reset_peak(device)
         once_s = _wall(run, device)
         repeats = max(MIN_REPEATS, min(MAX_REPEATS, int(budget_s / max(once_s, 1e-6))))
         if once_s > 2 * budget_s:  # a slow reference: the warm call is the measurement
-            return Timing(1e3 * once_s, warmup_s, _peak_gib(device), 1)
+            return Timing(1e3 * once_s, warmup_s, peak_gib(device), 1)
         clock = _events if device.type == "cuda" else _walls
         times = clock(run, device, repeats)
-    except torch.OutOfMemoryError:
-        return Timing(failure="out of memory")
+    except kernel_errors() as error:
+        return Timing(failure=told(error))
     finally:
         free_memory(device)
-    return Timing(statistics.median(times), warmup_s, _peak_gib(device), repeats)
+    return Timing(statistics.median(times), warmup_s, peak_gib(device), repeats)
 
 
-def _peak_gib(device: torch.device) -> float | None:
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's or the CPU's memory did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def told(error: Exception) -> str:
+    """An error in the few words that a cell of a table takes."""
+    if ran_out_of_memory(error):
+        return OUT_OF_MEMORY
+    line = (str(error).splitlines() or [""])[0]
+    return f"failed: {type(error).__name__}: {line}"[:100]
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the highest memory use so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gib(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     return torch.cuda.max_memory_allocated(device) / 2**30

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import sys
 import tempfile
@@ -17,8 +16,16 @@ from torch import Tensor
 
 from benchmarks.cases import PEER, Setting, has_peer, runnable_backends
 from benchmarks.peer import peer_network
-from benchmarks.timing import free_memory, synchronize
+from benchmarks.timing import (
+    OUT_OF_MEMORY,
+    free_memory,
+    peak_gib,
+    reset_peak,
+    synchronize,
+    told,
+)
 from models import BSMamba2
+from models.dispatch import kernel_errors
 from training.config import Config, load_config
 from training.loaders import Loaders
 from training.loss import SeparationLoss
@@ -67,6 +74,8 @@ def rows(
 def verdict(table: Sequence[dict[str, Any]]) -> str:
     """One line: the fastest step, against the sequential loop and the authors' wiring."""
     timed = [row for row in table if row.get("music") and row["backend"] != PEER]
+    if not timed:
+        return "Verdict: no backend of this network trained a step."
     best = max(timed, key=lambda row: row["music"])
     text = (
         f"Verdict: {best['backend']} trains {best['music']:.3g} s of music a second, "
@@ -85,13 +94,15 @@ def _row(setting: Setting, backend: str, seconds: float, batch: int) -> dict[str
     if (seconds, batch) == (SHORT_SECONDS, 1):
         row["note"] = "short segment"
     free_memory(setting.device)
-    measured = None
-    with contextlib.suppress(torch.OutOfMemoryError):
+    failure = None
+    try:
         measured = _measure(setting, backend, seconds, batch)
-    if measured is None:
+    except kernel_errors() as error:
+        failure = told(error)
+    if failure is not None:  # by now the error, and with it the network, is gone
         free_memory(setting.device)
-        if batch == 1:
-            return row | {"step ms": "out of memory"}
+        if batch == 1 or failure != OUT_OF_MEMORY:
+            return row | {"step ms": failure}
         smaller = _row(setting, backend, seconds, batch // 2)
         return {"note": f"out of memory with {batch}"} | smaller
     times, step, peak = measured
@@ -108,6 +119,7 @@ def _measure(
     Waiting after each component hides no launch behind the device's work: the sum of them is more
     than the time of a step that runs as in training.
     """
+    reset_peak(setting.device)
     model = _network(setting, backend)
     with tempfile.TemporaryDirectory() as folder:
         batches = _batches(Path(folder), seconds, batch)
@@ -118,11 +130,8 @@ def _measure(
             step.run(waits=False)
         synchronize(setting.device)
         whole = 1e3 * (time.perf_counter() - start) / len(laps)
-    peak = None
-    if setting.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(setting.device) / 2**30
     parts = {name: statistics.median(lap[name] for lap in laps) for name in COMPONENTS}
-    return parts, whole, peak
+    return parts, whole, peak_gib(setting.device)
 
 
 def _laps(step: _Step) -> Iterator[dict[str, float]]:

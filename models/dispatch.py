@@ -66,7 +66,11 @@ def missing(backend: str, tensor: Tensor) -> str | None:
     if backend == "triton":
         return _missing_triton(tensor)
     if not mamba2.MAMBA_SSM_AVAILABLE:
-        return "mamba-ssm is not installed; pip install -r requirements-cuda.txt"
+        return (
+            "mamba-ssm is not installed with its compiled part, or is switched off"
+            " (models.mamba2.MAMBA_SSM_AVAILABLE); pip install --no-build-isolation"
+            " -r requirements-cuda.txt, see MAMBA_SSM_INTEGRATION.md"
+        )
     if tensor.device.type != "cuda":
         return f"mamba-ssm runs on CUDA devices, not on {tensor.device.type}"
     if tensor.dtype == torch.float64:
@@ -75,8 +79,13 @@ def missing(backend: str, tensor: Tensor) -> str | None:
 
 
 def _missing_triton(tensor: Tensor) -> str | None:
-    if find_spec("triton") is None:
-        return "Triton is not installed; it comes with the CUDA builds of torch"
+    from models import mamba2
+
+    if not mamba2.TRITON_AVAILABLE:
+        return (
+            "Triton is not installed, or switched off (models.mamba2.TRITON_AVAILABLE);"
+            " it comes with the CUDA builds of torch"
+        )
     if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton kernels run on CUDA devices, not on {tensor.device.type}"
     if tensor.dtype == torch.float64:
@@ -97,23 +106,31 @@ def candidates(tensor: Tensor, fused: bool) -> list[str]:
         torch.get_float32_matmul_precision() == "highest"
     )
     order = [*(["triton"] if fused else []), *([] if exact else ["ssd"])]
-    runnable = [name for name in order if name not in _failed and missing(name, tensor) is None]
-    return [*runnable, "chunked"]
+    return [*(name for name in order if missing(name, tensor) is None), "chunked"]
 
 
 def run_scan(
-    backend: str, tensor: Tensor, run: Callable[[str], Result], fused: bool = False
+    backend: str,
+    tensor: Tensor,
+    run: Callable[[str], Result],
+    fused: bool = False,
+    trial: Callable[[str], None] | None = None,
 ) -> Result:
     """Call `run` with the name of the scan implementation to use for `tensor`.
 
-    `fused` says that `run` takes "triton", the form of a whole bidirectional block.
+    Args:
+        backend: as configured.
+        tensor: what the scan is of.
+        run: takes the name of an implementation.
+        fused: whether `run` takes "triton", the form of a whole bidirectional block.
+        trial: as for `first_that_runs`.
 
     Raises:
         InputError: a backend asked for by name is unknown or cannot run, with the remedy.
     """
     name = requested_backend(backend)
     if name == "auto":
-        return first_that_runs(candidates(tensor, fused), tensor, run)
+        return first_that_runs(candidates(tensor, fused), tensor, run, trial)
     reason = missing(name, tensor)
     if name == "triton" and not fused:
         reason = "it runs whole blocks with d_conv 2 to 4, not a scan alone; use chunked"
@@ -132,15 +149,28 @@ def _call(run: Callable[[str], Result], name: str) -> Result:
     return untraced(run, name)
 
 
-def first_that_runs(names: Sequence[str], tensor: Tensor, run: Callable[[str], Result]) -> Result:
-    """The result of the first implementation whose kernels work; the last is not guarded."""
+def first_that_runs(
+    names: Sequence[str],
+    tensor: Tensor,
+    run: Callable[[str], Result],
+    trial: Callable[[str], None] | None = None,
+) -> Result:
+    """The result of the first implementation whose kernels work; the last is not guarded.
+
+    trial: takes a name too, called before `run`: raises what only a backward pass would, where none
+        could fall back any more.
+    """
     with memory_hint():
         for name in names[:-1]:
+            if name in _failed:
+                continue
             try:
+                if trial is not None:
+                    trial(name)
                 result = _call(run, name)
             except torch.OutOfMemoryError:
                 raise
-            except _kernel_errors() as error:
+            except kernel_errors() as error:
                 if is_of_dead_worker(error):
                     raise
                 _failed[name] = f"{type(error).__name__}: {error}"
@@ -153,7 +183,7 @@ def first_that_runs(names: Sequence[str], tensor: Tensor, run: Callable[[str], R
             else:
                 _announce(name, tensor, "the first of " + ", ".join(names))
                 return result
-        _announce(names[-1], tensor, "nothing faster can run here")
+        _announce(names[-1], tensor, "nothing faster fits device, precision and packages")
         return run(names[-1])
 
 
@@ -175,7 +205,7 @@ def _announce(name: str, tensor: Tensor, why: str) -> None:
         logger.info("auto runs %s on %s in %s: %s", name, key[1], key[2], why)
 
 
-def _kernel_errors() -> tuple[type[Exception], ...]:
+def kernel_errors() -> tuple[type[Exception], ...]:
     """What a kernel raises where a GPU, a driver or a build does not suit it."""
     errors: tuple[type[Exception], ...] = (RuntimeError, ImportError, OSError)
     if "triton" in sys.modules:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,11 +24,13 @@ from models.scan.mamba_ssm import gated_norm_kernel
 if TYPE_CHECKING:
     from models.scan.triton_plan import MixerParameters
 
-# Read at call time: set one to False to force PyTorch.
+# Read at call time: with all of them False everything runs in PyTorch.
+TRITON_AVAILABLE = find_spec("triton") is not None
 MAMBA_SSM_AVAILABLE = package_built("mamba_ssm", "selective_scan_cuda")
 CAUSAL_CONV1D_AVAILABLE = package_built("causal_conv1d", "causal_conv1d_cuda")
 
 NORM_EPS = 1e-5
+_tried: set[tuple[object, ...]] = set()  # whose backward pass is known to work
 
 
 def rms_normalize(x: Tensor, eps: float = NORM_EPS) -> Tensor:
@@ -229,7 +232,11 @@ class Mamba2Block(nn.Module):
         """
         fused = x.ndim in (3, 4) and 2 <= self.d_conv <= 4
         return run_scan(
-            self.scan_backend, x, lambda backend: self._forward(x, axis, backend), fused
+            self.scan_backend,
+            x,
+            lambda backend: self._forward(x, axis, backend),
+            fused,
+            lambda backend: self._try_backward(x, axis, backend),
         )
 
     def _forward(self, x: Tensor, axis: int, backend: str) -> Tensor:
@@ -239,6 +246,21 @@ class Mamba2Block(nn.Module):
         sequences = moved.flatten(0, -3) if moved.ndim > 3 else moved  # b l d
         merged = self._merge(sequences.contiguous(), backend)  # b l d
         return merged.view(moved.shape).movedim(-2, axis)
+
+    def _try_backward(self, x: Tensor, axis: int, backend: str) -> None:
+        """Raise what a kernel raises in its first backward pass of a kind."""
+        key = (backend, x.device, compute_dtype(x), axis % x.ndim, x.shape[axis])
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or key in _tried:
+            return
+        sample = x.detach()
+        if backend == "triton":  # mamba-ssm's kernels tune themselves on what they get first
+            for other in set(range(x.ndim - 1)) - {axis % x.ndim}:
+                sample = sample.narrow(other, 0, 1)
+        sample = sample.clone().requires_grad_()
+        # Apart from the graph: gradient checkpointing counts what is kept.
+        with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
+            torch.autograd.grad(self._forward(sample, axis, backend).sum(), sample)
+        _tried.add(key)
 
     def _merge(self, x: Tensor, backend: str) -> Tensor:
         normal = rms_normalize(x)  # b l d

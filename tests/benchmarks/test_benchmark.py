@@ -59,6 +59,45 @@ def test_out_of_memory_is_a_cell():
     assert timing.median_ms is None and timing.failure == "out of memory"
 
 
+def test_inputs_that_do_not_fit_are_a_cell_and_other_failures_too(capsys):
+    arguments = ["--device", "cpu", "--seconds", "0.05", "--batch", "1000000000", "--parts", "conv"]
+    assert benchmark_mamba_ssm.main(arguments) == 0
+    assert "out of memory" in capsys.readouterr().out
+
+    def run():
+        raise RuntimeError("no kernel image is available\nfor execution")
+
+    assert measure(run, CPU).failure == "failed: RuntimeError: no kernel image is available"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backends", "fast"], "--backends fast: unknown; choose among triton, ssd"),
+        (["--backends", "ssd", "--training"], "--backends ssd: mamba-ssm is not installed"),
+        (["--backends", "peer"], "--backends peer .*: it needs mamba-ssm"),
+        (["--seconds", "nan"], "must be positive numbers"),
+        (["--device", "meta"], "--device meta: use cpu or cuda"),
+    ],
+)
+def test_what_cannot_run_is_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        benchmark_mamba_ssm.main(["--device", "cpu", *arguments])
+
+
+def test_verdict_is_of_the_longest_clip_and_needs_two_rows():
+    def row(seconds, backend, ms):
+        return {
+            "seconds": seconds, "what": "scan", "pass": "forward", "backend": backend,
+            "median ms": ms,
+        }  # fmt: skip
+
+    rows = [row(8.0, "a", 3.0), row(8.0, "b", 1.0), row(1.0, "a", 1.0), row(1.0, "b", 2.0)]
+    assert "8 s: b is the fastest" in benchmark_mamba_ssm.verdict(rows)
+    assert "nothing to compare" in benchmark_mamba_ssm.verdict([])
+    assert "no backend" in training_step.verdict([{"backend": "ssd", "step ms": "out of memory"}])
+
+
 def test_training_step_halves_the_batch_until_it_fits(monkeypatch):
     tried = []
 

@@ -11,8 +11,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from models import InputError, dispatch, mamba2
+from models import InputError, conv, dispatch, mamba2
 from models.conv import causal_conv1d, causal_conv1d_torch, conv_backends
 from models.mamba2 import Mamba2Block
 from models.scan import IMPLEMENTATIONS, selective_scan, sequential_scan
@@ -28,13 +29,14 @@ def on_gpu(dtype: torch.dtype = torch.float32) -> SimpleNamespace:
 def _fresh_process(monkeypatch):
     monkeypatch.setattr(dispatch, "_failed", {})
     monkeypatch.setattr(dispatch, "_announced", set())
+    monkeypatch.setattr(mamba2, "_tried", set())
 
 
 @pytest.fixture
 def installed(monkeypatch):
     monkeypatch.setattr(mamba2, "MAMBA_SSM_AVAILABLE", True)
     monkeypatch.setattr(mamba2, "CAUSAL_CONV1D_AVAILABLE", True)
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)  # no Triton
+    monkeypatch.setattr(mamba2, "TRITON_AVAILABLE", False)
 
 
 def scan_inputs(batch=3, length=20):
@@ -54,7 +56,7 @@ def test_auto_keeps_float32_precision_unless_tf32_is_allowed(installed, monkeypa
 
 
 def test_auto_takes_triton_for_whole_blocks_only(installed, monkeypatch):
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+    monkeypatch.setattr(mamba2, "TRITON_AVAILABLE", True)
     assert dispatch.candidates(on_gpu(), fused=True)[0] == "triton"
     assert "triton" not in dispatch.candidates(on_gpu(), fused=False)
 
@@ -70,7 +72,7 @@ def test_flags_are_read_at_call_time(installed, monkeypatch):
 
 @pytest.mark.parametrize("backend", ("ssd", "selective_scan"))
 def test_a_named_backend_that_cannot_run_says_why_and_what_to_install(backend):
-    message = f"'{backend}' cannot run: mamba-ssm is not installed; pip install -r requirements"
+    message = f"'{backend}' cannot run: mamba-ssm is not installed.* pip install .*-cuda.txt"
     with pytest.raises(InputError, match=message):
         selective_scan(*scan_inputs(), backend=backend)
     with pytest.raises(InputError, match=message):
@@ -105,12 +107,7 @@ def failing(error: Exception):
 def test_a_failing_kernel_falls_back_with_one_warning(monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, "ssd", failing(RuntimeError("no kernel image")))
     monkeypatch.setattr(dispatch, "missing", lambda name, tensor: None)
-    real = dispatch.candidates
-    monkeypatch.setattr(
-        dispatch,
-        "candidates",
-        lambda t, fused: [n for n in ("ssd", "chunked") if n not in dispatch._failed],
-    )
+    monkeypatch.setattr(dispatch, "candidates", lambda t, fused: ["ssd", "chunked"])
     inputs = scan_inputs()
     with pytest.warns(RuntimeWarning, match="ssd failed.*no kernel image") as caught:
         y = selective_scan(*inputs)
@@ -119,7 +116,72 @@ def test_a_failing_kernel_falls_back_with_one_warning(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         selective_scan(*inputs)  # not tried again, nothing to warn of
-    assert "ssd" not in real(on_gpu(torch.bfloat16), fused=False)
+
+
+def test_a_failing_convolution_is_not_tried_again(monkeypatch):
+    calls = []
+
+    def kernel(*args):
+        calls.append(args)
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(conv, "causal_conv1d_kernel", kernel)
+    monkeypatch.setattr(conv, "conv_backends", lambda x, weight: ["causal_conv1d", "torch"])
+    inputs = torch.randn(2, 5, 8), torch.randn(8, 4), torch.randn(8)
+    with pytest.warns(RuntimeWarning, match="causal_conv1d failed.*no kernel image") as caught:
+        results = [conv.causal_conv1d(*inputs) for _ in range(3)]
+    assert len(caught) == len(calls) == 1
+    assert torch.equal(results[2], conv.causal_conv1d(*inputs, backend="torch"))
+
+
+class FailsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        raise RuntimeError("out of resources: shared memory")
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_a_kernel_that_fails_backward_only_is_replaced_before_it_is_needed(
+    checkpointing, monkeypatch
+):
+    kernel = IMPLEMENTATIONS["chunked"]
+    monkeypatch.setitem(IMPLEMENTATIONS, "ssd", lambda *args: FailsBackward.apply(kernel(*args)))
+    monkeypatch.setattr(mamba2, "gated_norm_kernel", lambda y, z, eps: mamba2.gated_norm(y, z))
+    monkeypatch.setattr(dispatch, "missing", lambda name, tensor: None)
+    monkeypatch.setattr(dispatch, "candidates", lambda t, fused: ["ssd", "chunked"])
+    block = Mamba2Block(8, d_state=4, headdim=8)
+    x = torch.randn(2, 5, 3, 8, requires_grad=True)
+    with torch.no_grad():
+        block(x, 1)  # forward alone it works
+    with pytest.warns(RuntimeWarning, match="shared memory") as caught:
+        y = checkpoint(block, x, 1, use_reentrant=False) if checkpointing else block(x, 1)
+    y.sum().backward()
+    assert len(caught) == 1 and list(dispatch._failed) == ["ssd"]
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_a_kernel_that_works_is_tried_once(checkpointing, monkeypatch):
+    calls = []
+
+    def kernel(*args):
+        calls.append(args)
+        return IMPLEMENTATIONS["chunked"](*args)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "ssd", kernel)
+    monkeypatch.setattr(mamba2, "gated_norm_kernel", lambda y, z, eps: mamba2.gated_norm(y, z))
+    monkeypatch.setattr(dispatch, "missing", lambda name, tensor: None)
+    monkeypatch.setattr(dispatch, "candidates", lambda t, fused: ["ssd", "chunked"])
+    block = Mamba2Block(8, d_state=4, headdim=8)
+    x = torch.randn(2, 5, 3, 8, requires_grad=True)
+    for _ in range(2):
+        y = checkpoint(block, x, 1, use_reentrant=False) if checkpointing else block(x, 1)
+        y.sum().backward()
+    # Two directions; the trial, two steps, and the steps' second forward pass.
+    assert len(calls) == 2 * (3 + 2 * checkpointing)
 
 
 def test_a_dead_data_worker_is_no_failing_kernel(monkeypatch):
