@@ -22,6 +22,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)  # what a person knows it by
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

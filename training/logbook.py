@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from models.errors import InputError
 from models.files import write_text
 from training.pictures import spectrogram_triptych
 
@@ -92,9 +96,31 @@ class Logbook:
             self._writer.close()
 
 
-def _open_tensorboard(root: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
+@contextmanager
+def quiet_tensorboard() -> Iterator[None]:
+    """No traceback of its thread where the disk is full: its next call raises the error."""
+    before = threading.excepthook
 
+    def hook(caught: threading.ExceptHookArgs) -> None:
+        is_tensorboard = type(caught.thread).__module__.startswith("tensorboard")
+        if not (is_tensorboard and isinstance(caught.exc_value, OSError)):
+            before(caught)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _open_tensorboard(root: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            f"TensorBoard cannot be used ({error}): pip install -r requirements.txt, or set"
+            " run.tensorboard=false"
+        ) from error
     return SummaryWriter(str(root / "tensorboard"), purge_step=step + 1)
 
 

@@ -51,8 +51,11 @@ def dry_run(trainer: Trainer) -> int:
         trainer.folder = RunFolder(Path(name))
         trainer.folder.create()
         started = time.monotonic()
-        with trainer.reporting(files=False):
-            scores = trainer.validate(None)
+        with trainer.reporting() as logbook:
+            row = trainer.row()
+            row |= (scores := trainer.validate(logbook))
+            if logbook is not None:
+                logbook.write(row)
             validate_seconds = time.monotonic() - started
             if main := trainer.world.is_main:
                 trainer.save()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from models import BSMamba2Config
 from models.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from models.errors import InputError
-from models.files import remove_left_parts, whole_file
+from models.files import remove_left_parts, try_writing, whole_file
 from models.provenance import provenance
 
 logger = logging.getLogger(__name__)
@@ -36,14 +37,15 @@ class RunFolder:
         self.checkpoints = root / "checkpoints"
         self.last = self.checkpoints / "last.pt"
         self.best = self.checkpoints / "best.pt"
+        self._last_step: int | None = None  # of last.pt, where it is known to be whole
 
     def create(self) -> None:
         """Make the folder where it is missing; raises InputError where that cannot be."""
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            try_writing(self.checkpoints)
         except OSError as error:
             raise InputError(
-                f"run.dir {self.root}: cannot make the folder: {error.strerror}"
+                f"run.dir {self.root}: nothing can be written there: {error.strerror}"
             ) from error
         remove_left_parts(self.checkpoints)
 
@@ -54,11 +56,18 @@ class RunFolder:
         training: dict[str, Any],
         step: int,
     ) -> None:
-        """Write last.pt, keep it under its step's number too, and drop the oldest numbered ones."""
+        """Write last.pt; the one before stays under its step's number, the oldest of those goes."""
+        if self.keep and self._last_step is not None:
+            self._keep_last(self.checkpoints / f"step_{self._last_step:08d}.pt")
         save_checkpoint(self.last, config, weights, training)
-        if self.keep == 0:
-            return
-        numbered = self.checkpoints / f"step_{step:08d}.pt"
+        self._last_step = step
+        numbers = self._numbered()
+        # Those of later steps are of a part of the run that was given up.
+        given_up = [path for path in numbers if _step_of(path) >= step]
+        for old in [*given_up, *numbers[len(given_up) :][self.keep :]]:
+            old.unlink()
+
+    def _keep_last(self, numbered: Path) -> None:
         numbered.unlink(missing_ok=True)
         try:
             # A hard link costs no space now and stays when last.pt is replaced.
@@ -66,11 +75,6 @@ class RunFolder:
         except OSError:  # a file system without them
             with whole_file(numbered) as part:
                 shutil.copyfile(self.last, part)
-        numbers = self._numbered()
-        # Those of later steps are of a part of the run that was given up.
-        given_up = [path for path in numbers if _step_of(path) > step]
-        for old in [*given_up, *numbers[len(given_up) :][self.keep :]]:
-            old.unlink()
 
     def save_best(
         self, config: BSMamba2Config, weights: dict[str, Tensor], step: int, usdr: float
@@ -98,16 +102,28 @@ class RunFolder:
                 )
             return None
         if resume != "auto":
-            return _read_training(Path(resume))
+            chosen = Path(resume)
+            if found and chosen.resolve().parent != self.checkpoints.resolve():
+                raise InputError(
+                    f"run.dir {self.root} already holds another run than {resume}: name another"
+                    " run.dir"
+                )
+            return self._read(chosen)
         for path in found:
             try:
-                return _read_training(path)
+                return self._read(path)
             except InputError as error:
                 logger.warning("%s; trying the checkpoint before it", error)
         if found:
             raise InputError(f"run.dir {self.root}: none of its checkpoints can be read")
         logger.info("no checkpoint in %s yet: starting afresh", self.root)
         return None
+
+    def _read(self, path: Path) -> Checkpoint:
+        checkpoint = _read_training(path)
+        if path == self.last:
+            self._last_step = int(checkpoint.training["step"])
+        return checkpoint
 
     def _candidates(self) -> Iterator[Path]:
         if self.last.exists():
@@ -116,7 +132,8 @@ class RunFolder:
 
     def _numbered(self) -> list[Path]:
         """The numbered checkpoints, newest first."""
-        return sorted(self.checkpoints.glob("step_*.pt"), reverse=True)
+        names = self.checkpoints.glob("step_*.pt")
+        return sorted((p for p in names if re.fullmatch(r"step_\d{8,}\.pt", p.name)), reverse=True)
 
 
 def _step_of(numbered: Path) -> int:

@@ -9,7 +9,7 @@ Any key of training/config.py can follow the configuration file, its value writt
     python -m training.train --config configs/bsmamba2.yaml data.root=/path/to/musdb18hq \
         run.dir=runs/drums model.stem_names=[drums] training.batch_size=2
 
-Several GPUs, on each of several machines, the same way (README, "Several GPUs"):
+Several GPUs, on each of several machines, the same way (docs/training.md):
 
     torchrun --nproc-per-node=4 -m training.train --config configs/bsmamba2.yaml data.root=...
 
@@ -25,7 +25,8 @@ import argparse
 import errno
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import torch
@@ -42,6 +43,10 @@ from training.trainer import Trainer
 from training.writer import unwritable
 
 logger = logging.getLogger(__name__)
+
+UNWRITABLE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
                 " training.accumulation to match) or set model.gradient_checkpointing=true"
             ) from error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in UNWRITABLE:
                 raise
             raise unwritable(error, config.run.dir) from error
         except RuntimeError as error:
@@ -96,21 +101,23 @@ def main(argv: list[str] | None = None) -> int:
 def train(config: Config, args: argparse.Namespace, world: World) -> int:
     """Make the run and train it, or rehearse it; returns the exit code."""
     folder = RunFolder(config.run.dir, config.training.keep_checkpoints)
-    if args.resume is None and (args.dry_run or args.profile):
-        checkpoint = None  # a rehearsal leaves the run that may be there alone
-    else:
-        checkpoint = folder.resume_from(args.resume)
-    trainer = Trainer(config, folder, checkpoint, world)
-    del checkpoint
-    for line in summary(trainer):
-        logger.info(line)
+    with remembered_log() as earlier:
+        if args.resume is None and (args.dry_run or args.profile):
+            checkpoint = None  # a rehearsal leaves the run that may be there alone
+        else:
+            checkpoint = folder.resume_from(args.resume)
+        trainer = Trainer(config, folder, checkpoint, world)
+        del checkpoint
+        for line in summary(trainer):
+            logger.info(line)
     if args.dry_run:
         return dry_run(trainer)
     if args.profile:
         return profile(trainer)
-    if world.is_main:
-        write_text(folder.root / "config.yaml", dump_config(config))
-    with logged_to_file(folder.root / "log.txt") if world.is_main else nullcontext():
+    if not world.is_main:
+        return trainer.run()
+    write_text(folder.root / "config.yaml", dump_config(config))
+    with logged_to_file(folder.root / "log.txt", earlier):
         return trainer.run()
 
 
@@ -125,16 +132,42 @@ def set_up_logging(world: World) -> None:
 
 
 @contextmanager
-def logged_to_file(path: Path) -> Iterator[None]:
-    """Append what is logged in the body to the run's own log."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+def remembered_log() -> Iterator[MemoryHandler]:
+    """Keep what is logged in the body, for a file that cannot be written yet."""
+    handler = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+@contextmanager
+def logged_to_file(path: Path, earlier: MemoryHandler) -> Iterator[None]:
+    """Append what was logged, what is logged in the body, and the error it ends with to a file."""
+    handler = _RunLog(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    earlier.setTarget(handler)
+    earlier.flush()
     logging.getLogger().addHandler(handler)
     try:
         yield
+    except InputError as error:
+        # The terminal has it from the command. A full disk may be what it tells of.
+        record = logger.makeRecord(logger.name, logging.ERROR, "", 0, str(error), (), None)
+        with suppress(OSError):
+            handler.handle(record)
+        raise
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
+
+
+class _RunLog(logging.FileHandler):
+    """Raises where a record cannot be written, instead of a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from training.distributed import Agreement, World
 from training.ema import EMA
 from training.finite import FiniteGuard, stop_at_bad_step
 from training.loaders import Loaders
-from training.logbook import Logbook, Row
+from training.logbook import Logbook, Row, quiet_tensorboard
 from training.loss import SeparationLoss
 from training.meters import Averages, Stopwatch, training_row
 from training.run_folder import RunFolder
@@ -138,7 +138,8 @@ class Trainer:
         batches = self.loaders.training(self.position.examples)
         agreement = Agreement(self.world)
         number = 0
-        with self.reporting() as logbook, StopRequest() as stop:
+        # Signals are taken until the last checkpoint is on disk.
+        with StopRequest() as stop, self.reporting() as logbook:
             while self.progress < 1 and not number:
                 self.train_step(batches)
                 proposal = [float(stop.signal or 0), self.seconds]
@@ -152,13 +153,14 @@ class Trainer:
         return exit_code(number)
 
     @contextmanager
-    def reporting(self, files: bool = True) -> Iterator[Logbook | None]:
+    def reporting(self) -> Iterator[Logbook | None]:
         """The checkpoint writer and, on rank 0, the logbook, until the body ends."""
         with ExitStack() as stack:
             self.writer = stack.enter_context(BackgroundWriter())
             stack.enter_context(logging_redirect_tqdm())
             logbook = None
-            if files and self.world.is_main:
+            if self.world.is_main:
+                stack.enter_context(quiet_tensorboard())
                 logbook = Logbook(
                     self.folder.root,
                     step=self.step,
@@ -267,7 +269,7 @@ class Trainer:
         """Clip the gradient, step the optimizer and the average.
 
         Returns:
-            The gradient's norm, and 1 where it was not finite and nothing changed, else 0.
+            The gradient's norm, and 1 where it was not finite and the weights stayed, else 0.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)

@@ -85,7 +85,7 @@ def two_steps(out: Path, config_path: str, overrides: list[str]) -> None:
         for _ in range(2):
             trainer.train_step(batches)
             losses.append(trainer.row()["loss"])
-        with trainer.reporting(files=False):
+        with trainer.reporting():
             scores = trainer.validate(None)
         if world.is_main:
             weights = trainer.model.state_dict()

@@ -128,7 +128,7 @@ def test_run_killed_twenty_times_equals_a_whole_one(tiny_config: Path, tmp_path:
     rows = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("whole", "killed")]
     assert len(rows[0]) == len(rows[1]) == 100
     names = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}
-    assert names == {"last.pt", "best.pt", "step_00000099.pt", "step_00000100.pt"}
+    assert names == {"last.pt", "best.pt", "step_00000098.pt", "step_00000099.pt"}
 
 
 def test_incomplete_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_a_run_writes_what_it_promises(tiny_config: Path, tmp_path: Path) -> Non
     assert train(tiny_config, *words) == 0
     run = tmp_path / "run"
     files = {path.name for path in (run / "checkpoints").iterdir()}
-    assert files == {"last.pt", "best.pt", "step_00000004.pt"}
+    assert files == {"last.pt", "best.pt", "step_00000002.pt"}
     assert load_config(run / "config.yaml").training.keep_checkpoints == 1
     rows = read_rows(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -312,7 +313,7 @@ def test_going_back_gives_up_the_checkpoints_of_later_steps(
     back = folder / "step_00000002.pt"
     assert train(tiny_config, *words, "training.max_steps=3", "--resume", str(back)) == 0
     names = {path.name for path in folder.glob("step_*")}
-    assert names == {"step_00000002.pt", "step_00000003.pt"}
+    assert names == {"step_00000001.pt", "step_00000002.pt"}
     assert read_checkpoint(folder / "last.pt").training["step"] == 3
 
 
@@ -436,20 +437,106 @@ def test_resume_auto_starts_afresh_in_an_empty_folder(tiny_config: Path, tmp_pat
 def test_resume_skips_a_damaged_checkpoint(
     tiny_config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = ["training.checkpoint_every=1", "training.max_steps=2"]
+    words = ["training.checkpoint_every=1", "training.max_steps=3", "training.keep_checkpoints=2"]
     assert train(tiny_config, *words) == 0
     folder = tmp_path / "run" / "checkpoints"
     for name in ("last.pt", "step_00000002.pt"):
-        (folder / name).unlink()
-        (folder / name).write_bytes((folder / "step_00000001.pt").read_bytes()[:5000])
+        os.truncate(folder / name, 5000)  # in place: no other name may share it
+    (folder / "step_00000002_good.pt").write_bytes(b"set aside by somebody")
+    caplog.set_level(logging.INFO)
     assert train(tiny_config, "--resume", "auto", *words) == 0
-    damaged = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
-    assert [name in line for name, line in zip(("last.pt", "step_00000002"), damaged, strict=True)]
-    assert read_checkpoint(folder / "last.pt").training["step"] == 2
+    damaged = [r.getMessage() for r in caplog.records if "or damaged" in r.getMessage()]
+    pairs = zip(("last.pt", "step_00000002"), damaged, strict=True)
+    assert all(name in line for name, line in pairs)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "parameters" in log and damaged[0] in log and "resumed at step 1" in log
+    assert read_checkpoint(folder / "last.pt").training["step"] == 3
+    assert {p.name for p in folder.glob("step*")} == {
+        "step_00000001.pt", "step_00000002.pt", "step_00000002_good.pt",
+    }  # fmt: skip
     for path in folder.glob("*.pt"):
         path.write_bytes(b"")
     with pytest.raises(InputError, match="none of its checkpoints can be read"):
         train(tiny_config, "--resume", "auto", *words)
+
+
+def test_resume_from_elsewhere_takes_a_folder_of_its_own(tiny_config: Path, tmp_path: Path) -> None:
+    one, other = (f"run.dir={tmp_path / name}" for name in ("one", "other"))
+    for run in (one, other):
+        assert train(tiny_config, run, "training.max_steps=1") == 0
+    last = str(tmp_path / "one" / "checkpoints" / "last.pt")
+    with pytest.raises(InputError, match="other already holds another run than .*one"):
+        train(tiny_config, other, "--resume", last)
+    third = f"run.dir={tmp_path / 'third'}"
+    assert train(tiny_config, third, "--resume", last, "training.max_steps=2") == 0
+
+
+def test_signals_wait_for_the_last_checkpoint(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = RunFolder.save_last
+
+    def slow(self: RunFolder, *args: object) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        save(self, *args)  # type: ignore[arg-type]
+
+    def too_late(number: int, frame: object) -> None:
+        raise AssertionError("the signal met the process's own handler")
+
+    monkeypatch.setattr(RunFolder, "save_last", slow)
+    before = [signal.signal(number, too_late) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        assert train(tiny_config, "training.max_steps=1") == 0
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt").training["step"] == 1
+
+
+def test_a_run_that_cannot_write_is_one_line(
+    tiny_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("training.run_folder.try_writing", refuse)
+    with pytest.raises(InputError, match="run: nothing can be written there: Read-only"):
+        train(tiny_config, "training.max_steps=1")
+    monkeypatch.undo()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.txt").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="cannot be written: No space left on device"):
+        train(tiny_config, "training.max_steps=1")
+
+
+def test_what_ends_a_run_is_in_its_log(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: Trainer, batches: object) -> None:
+        raise InputError("the third rail is live")
+
+    monkeypatch.setattr(Trainer, "train_step", stop)
+    with pytest.raises(InputError, match="third rail"):
+        train(tiny_config)
+    assert "ERROR the third rail is live" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("words", [[], ["--dry-run"]])
+def test_missing_tensorboard_is_one_line(
+    words: list[str], tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match=r"TensorBoard cannot be used .*run.tensorboard=false"):
+        train(tiny_config, "run.tensorboard=true", *words)
 
 
 def test_resume_refuses_what_does_not_fit(tiny_config: Path, tmp_path: Path) -> None:
