@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -19,6 +20,7 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="triton is not installed")
 
+from models import dispatch, mamba2  # noqa: E402
 from models.mamba2 import Mamba2Block  # noqa: E402
 from models.scan import triton_block, triton_mixer  # noqa: E402
 from models.scan.sequential import sequential_scan  # noqa: E402
@@ -304,3 +306,24 @@ def test_compiled_block_runs_the_kernels_as_they_are() -> None:
     assert torch.equal(wanted, compiled)
     wanted_dx = torch.autograd.grad(wanted.square().sum(), x)[0]
     assert torch.equal(wanted_dx, torch.autograd.grad(compiled.square().sum(), x)[0])
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_auto_tries_the_backward_pass_apart_from_the_graph(
+    axis: int, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(dispatch, "candidates", lambda x, fused: ["triton", "chunked"])
+    monkeypatch.setattr(mamba2, "_tried", set())
+    block, _ = blocks()
+    x = torch.randn(2, 4, 7, 24, device=DEVICE, requires_grad=True)
+    wanted = torch.autograd.grad(block(x, axis).square().sum(), [x, *block.parameters()])
+    block.scan_backend, block.keeps_work = "auto", True
+    with torch.no_grad():
+        block(x, axis)
+    assert not mamba2._tried
+    y = checkpoint(block, x, axis, use_reentrant=False)
+    y.square().sum().backward()
+    assert [key[0] for key in mamba2._tried] == ["triton"]
+    for leaf, gradient in zip([x, *block.parameters()], wanted, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient)
+    assert not [w for w in recwarn if "failed" in str(w.message)]
