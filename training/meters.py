@@ -74,15 +74,15 @@ def training_row(trainer: Trainer) -> dict[str, float]:
         "seconds_per_step": watch.seconds / steps,
         "examples_per_second": rate,
         "real_time_factor": rate * trainer.config.data.segment_seconds,
-        "data_wait_share": watch.spent("data") / watch.seconds,
         "skipped_steps": trainer.skipped,
         "seconds": trainer.seconds,
         "seconds_left": trainer.seconds * max(0.0, 1 / max(trainer.progress, 1e-9) - 1),
     }
     row |= trainer.curriculum.row()
-    # The largest counts of any rank: each rank's workers read of every file.
-    ranks = trainer.world.gather(trainer.loaders.read_failures())
-    row |= {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+    # The largest of any rank: one that waits makes all wait, and each reads of every file.
+    own = {"data_wait_share": watch.spent("data") / watch.seconds}
+    own |= trainer.loaders.read_failures()
     if trainer.device.type == "cuda":
-        row["gpu_memory_gib"] = torch.cuda.max_memory_allocated(trainer.device) / 2**30
-    return row
+        own["gpu_memory_gib"] = torch.cuda.max_memory_allocated(trainer.device) / 2**30
+    ranks = trainer.world.gather(own)
+    return row | {name: max(rank[name] for rank in ranks) for name in own}

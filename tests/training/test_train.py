@@ -25,6 +25,7 @@ from models import BSMamba2, load_checkpoint
 from models.checkpoint import read_checkpoint
 from models.errors import InputError, run_command
 from training.config import load_config
+from training.distributed import World
 from training.logbook import Logbook
 from training.run_folder import RunFolder
 from training.train import main
@@ -458,6 +459,21 @@ def test_resume_skips_a_damaged_checkpoint(
         path.write_bytes(b"")
     with pytest.raises(InputError, match="none of its checkpoints can be read"):
         train(tiny_config, "--resume", "auto", *words)
+
+
+def test_a_row_tells_of_the_rank_that_waits_longest(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gather = World.gather
+
+    def with_another(self: World, value: Any) -> list[Any]:
+        if isinstance(value, dict) and "data_wait_share" in value:
+            return [value, value | {"data_wait_share": 0.75}]
+        return gather(self, value)
+
+    monkeypatch.setattr(World, "gather", with_another)
+    assert train(tiny_config, "training.max_steps=1") == 0
+    assert read_rows(tmp_path / "run")[0]["data_wait_share"] == 0.75
 
 
 def test_resume_from_elsewhere_takes_a_folder_of_its_own(tiny_config: Path, tmp_path: Path) -> None:
