@@ -461,6 +461,24 @@ def test_resume_skips_a_damaged_checkpoint(
         train(tiny_config, "--resume", "auto", *words)
 
 
+def test_a_killed_and_resumed_run_is_one_curve_in_tensorboard(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    run = tmp_path / "run"
+    assert train(tiny_config, "run.tensorboard=true", "training.max_steps=2") == 0
+    # A run that was killed had gone on beyond its last checkpoint.
+    with SummaryWriter(str(run / "tensorboard"), purge_step=1) as beyond:
+        for step in (1, 2, 3, 4):
+            beyond.add_scalar("loss", -1.0, step)
+    assert train(tiny_config, "run.tensorboard=true", "--resume", "auto") == 0
+    events = EventAccumulator(str(run / "tensorboard")).Reload().Scalars("loss")
+    assert [event.step for event in events] == [1, 2, 3, 4]
+    assert [event.value == -1 for event in events] == [True, True, False, False]
+
+
 def test_a_row_tells_of_the_rank_that_waits_longest(
     tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
