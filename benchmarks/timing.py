@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from models.dispatch import kernel_errors
+from models.errors import is_out_of_memory
 
 MIN_REPEATS, MAX_REPEATS = 3, 50
 OUT_OF_MEMORY = "out of memory"
@@ -57,14 +58,9 @@ def measure(run: Callable[[], object], device: torch.device, budget_s: float = 0
     return Timing(statistics.median(times), warmup_s, peak_gib(device), repeats)
 
 
-def ran_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU's or the CPU's memory did not suffice."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def told(error: Exception) -> str:
     """An error in the few words that a cell of a table takes."""
-    if ran_out_of_memory(error):
+    if is_out_of_memory(error):
         return OUT_OF_MEMORY
     line = (str(error).splitlines() or [""])[0]
     return f"failed: {type(error).__name__}: {line}"[:100]
@@ -77,6 +73,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_gib(device: torch.device) -> float | None:
+    """The highest memory use since `reset_peak`; None on a CPU."""
     if device.type != "cuda":
         return None
     return torch.cuda.max_memory_allocated(device) / 2**30

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from models.bsmamba2 import BSMamba2, BSMamba2Config
 from models.errors import InputError
-from models.files import whole_file
+from models.files import NO_ROOM, whole_file
 from models.msst import find_msst_config, read_msst_config
 from models.official import OUR_CONFIG, ema_weights, infer_config, plain_weights
 from models.unpickle import read_pickled
@@ -95,7 +95,7 @@ def save_pickled(path: Path, content: dict[str, Any]) -> None:
             with temporary.open("wb") as file:
                 torch.save(content, file)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in NO_ROOM:
                 raise
             raise _disk_is_full(path) from error
         except RuntimeError as error:

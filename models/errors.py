@@ -84,3 +84,18 @@ def _standard_output_is_closed() -> bool:
 def is_of_dead_worker(error: Exception) -> bool:
     """Whether the DataLoader's signal handler raised it, which may be in any line of a run."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory did not suffice, a GPU's or the CPU's.
+
+    The allocators of the CPU and of MPS, and CUDA's libraries, raise a plain RuntimeError.
+    """
+    words = (
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUFFT_ALLOC_FAILED",
+    )
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(w in str(error) for w in words)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import BSMamba2, load_checkpoint
-from models.errors import InputError
+from models.errors import InputError, is_out_of_memory
 from models.graphs import GraphedNetwork
 from separation.audio import check_audio
 from separation.overlap_add import Progress, hop_frames, separate_paper, separate_waveform
@@ -159,7 +159,7 @@ class Separator:
                 outputs.append(self._run(filled)[: len(part)])
                 done += size
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._halve_batch(len(filled))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -191,18 +191,6 @@ class Separator:
         warnings.warn(
             f"out of memory with {size} chunks at once; going on with {size // 2}", stacklevel=3
         )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """The allocators of the CPU and of MPS, and CUDA's libraries, raise a plain RuntimeError."""
-    words = (
-        "out of memory",
-        "can't allocate memory",
-        "not enough memory",
-        "CUBLAS_STATUS_ALLOC_FAILED",
-        "CUFFT_ALLOC_FAILED",
-    )
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 def _collect(

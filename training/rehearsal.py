@@ -50,13 +50,13 @@ def dry_run(trainer: Trainer) -> int:
     with tempfile.TemporaryDirectory(dir=root, prefix=".dry-run-") as name:
         trainer.folder = RunFolder(Path(name))
         trainer.folder.create()
-        started = time.monotonic()
         with trainer.reporting() as logbook:
             row = trainer.row()
-            row |= (scores := trainer.validate(logbook))
+            started = time.monotonic()
+            row |= trainer.validate(logbook)
+            validate_seconds = time.monotonic() - started
             if logbook is not None:
                 logbook.write(row)
-            validate_seconds = time.monotonic() - started
             if main := trainer.world.is_main:
                 trainer.save()
         size = trainer.folder.last.stat().st_size / GIB if main else 0.0
@@ -70,7 +70,7 @@ def dry_run(trainer: Trainer) -> int:
     if settings.max_minutes is not None:
         hours = min(hours, settings.max_minutes / 60)
     logger.info("step: %.2f s, %d examples", step_seconds, trainer.examples_per_step)
-    logger.info("validation: %.1f s, loss %.4f", validate_seconds, scores["valid_loss"])
+    logger.info("validation: %.1f s, loss %.4f", validate_seconds, row["valid_loss"])
     logger.info("peak memory: %s", peak)
     files = settings.keep_checkpoints + 3  # last, best, and the next while it is written
     logger.info("checkpoints: %.2f GiB each, at most %d, %.1f GiB free", size, files, free)

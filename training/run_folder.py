@@ -62,7 +62,7 @@ class RunFolder:
         save_checkpoint(self.last, config, weights, training)
         self._last_step = step
         numbers = self._numbered()
-        # Those of later steps are of a part of the run that was given up.
+        # Those of this step or later ones are of a part of the run that was given up.
         given_up = [path for path in numbers if _step_of(path) >= step]
         for old in [*given_up, *numbers[len(given_up) :][self.keep :]]:
             old.unlink()
@@ -120,8 +120,10 @@ class RunFolder:
         return None
 
     def _read(self, path: Path) -> Checkpoint:
-        checkpoint = _read_training(path)
-        if path == self.last:
+        checkpoint = read_checkpoint(path)
+        if "optimizer" not in checkpoint.training:
+            raise InputError(f"{path}: holds weights alone; resume from a last.pt or step_*.pt")
+        if path.resolve() == self.last.resolve():
             self._last_step = int(checkpoint.training["step"])
         return checkpoint
 
@@ -138,10 +140,3 @@ class RunFolder:
 
 def _step_of(numbered: Path) -> int:
     return int(numbered.stem.removeprefix("step_"))
-
-
-def _read_training(path: Path) -> Checkpoint:
-    checkpoint = read_checkpoint(path)
-    if "optimizer" not in checkpoint.training:
-        raise InputError(f"{path}: holds weights alone; resume from a last.pt or step_*.pt")
-    return checkpoint

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 from models.errors import InputError, is_of_dead_worker, run_command
-from models.files import write_text
+from models.files import NO_ROOM, write_text
 from training.config import Config, dump_config, load_config
 from training.distributed import World, joined_world, lost_a_rank
 from training.loaders import worker_death
@@ -44,9 +44,7 @@ from training.writer import unwritable
 
 logger = logging.getLogger(__name__)
 
-UNWRITABLE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
-)  # fmt: skip
+UNWRITABLE = (*NO_ROOM, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -46,7 +46,7 @@ def fork(target: Callable[[], int | None], environment: dict[str, str] | None = 
         run_command(target)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
+    except BaseException:  # the fork must not return into its parent's test
         traceback.print_exc()
     finally:
         sys.stderr.flush()

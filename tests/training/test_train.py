@@ -318,6 +318,17 @@ def test_going_back_gives_up_the_checkpoints_of_later_steps(
     assert read_checkpoint(folder / "last.pt").training["step"] == 3
 
 
+def test_the_checkpoint_resumed_from_stays_however_its_path_is_written(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    words = ["training.checkpoint_every=1", "training.keep_checkpoints=1"]
+    assert train(tiny_config, *words, "training.max_steps=2") == 0
+    folder = tmp_path / "run" / "checkpoints"
+    last = f"{folder}/../checkpoints/last.pt"
+    assert train(tiny_config, *words, "training.max_steps=3", "--resume", last) == 0
+    assert [path.name for path in folder.glob("step_*")] == ["step_00000002.pt"]
+
+
 def test_precision_may_change_between_two_parts_of_a_run(tiny_config: Path) -> None:
     for steps, precision in enumerate(("fp32", "fp16", "bf16", "fp16"), start=1):
         words = [f"training.max_steps={steps}", f"training.precision={precision}"]
