@@ -78,6 +78,8 @@ class DataSection(Section):
     """Lower end of the random linear gain of each stem."""
     gain_max: PositiveFloat = 1.5
     """Upper end of the random linear gain of each stem."""
+    aligned_prob: Probability = 0.0
+    """Probability that the stems of an example lie as in their song instead of being unrelated."""
     channel_swap_prob: Probability = 0.0
     """Probability, for each stem of an example, of left and right exchanged."""
     polarity_prob: Probability = 0.0

@@ -1,7 +1,8 @@
 """Changes to a stem on its way into a random mix, all off unless asked for.
 
 The field's usual ones, as Open-Unmix, Demucs and others have them: swapped channels, inverted
-polarity, several stems of one kind at once, a shifted start, another pitch, another tempo.
+polarity, several stems of one kind at once, a shifted start, another pitch, another tempo; and
+examples whose stems belong together.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Probabilities, each for one stem of one example, and ranges.
+    """Probabilities, each for one stem of one example if nothing else is said, and ranges.
 
     Attributes:
+        aligned_prob: of a whole example: all its stems lie as in one song, where a target stem is
+            active, and are changed alike; gain and silence stay each stem's own.
         channel_swap_prob: left and right exchanged.
         polarity_prob: the sign inverted.
         same_stem_prob: one more window of the same stem, of any track and with a gain of its own,
@@ -60,6 +63,7 @@ class Augmentation:
         InputError: pitch or tempo is asked for and python-stretch is not installed.
     """
 
+    aligned_prob: float = 0.0
     channel_swap_prob: float = 0.0
     polarity_prob: float = 0.0
     same_stem_prob: float = 0.0

@@ -27,6 +27,7 @@ Example = dict[str, torch.Tensor]
 _MAX_REDRAWS = 50
 _NONE = Augmentation()
 _MAX_LAYERS = 3  # windows of one stem on top of each other
+_ALIGNED, _PLACE = 8, 9  # what random numbers are for, see RandomMixes._generator
 
 
 class RandomMixes(Dataset[Example]):
@@ -81,23 +82,42 @@ class RandomMixes(Dataset[Example]):
 
     def __getitem__(self, i: int) -> Example:
         stems = np.zeros((len(self.stems), AUDIO_CHANNELS, self.segment_frames), np.float32)
+        augmentation = self.augmentation if i >= self.augmentation.augment_after else _NONE
+        leader = self._leader(i, augmentation.aligned_prob)
         for number, stem in enumerate(stems):
-            self._draw(i, number, stem)
+            self._draw(i, number, leader, augmentation, stem)
         scaled = torch.from_numpy(stems)  # s c t
         return {"mixture": _mix(scaled), "target": scaled[self.target_numbers]}
 
-    def _draw(self, i: int, stem_number: int, out: np.ndarray) -> None:
+    def _leader(self, i: int, aligned_prob: float) -> int | None:
+        """The target stem whose window all stems of example `i` share; None if they share none."""
+        rng = self._generator(i, 0, _ALIGNED)
+        if rng.random() >= aligned_prob:
+            return None
+        return self.target_numbers[rng.integers(len(self.target_numbers))]
+
+    def _draw(
+        self,
+        i: int,
+        stem_number: int,
+        leader: int | None,
+        augmentation: Augmentation,
+        out: np.ndarray,
+    ) -> None:
         """One stem of example `i`, scaled, into the zeros of `out` [c, t], if it is not silent."""
         rng = self._generator(i, stem_number)
         gain = rng.uniform(*self.gain)
         if rng.random() < self.silent_prob:
             return
-        changes = self._generator(i, stem_number, 1)
-        augmentation = self.augmentation if i >= self.augmentation.augment_after else _NONE
+        guide = stem_number if leader is None else leader  # whose draws and windows decide
+        changes = self._generator(i, guide, 1)
+        if leader is not None:
+            rng = self._generator(i, guide, _PLACE)
+        rows = self.windows[self.stems[guide]]
         for layer in range(1, _MAX_LAYERS + 1):
             change = augmentation.draw(changes, self.tracks[0].sample_rate)
-            self._add_window(rng, change, stem_number, np.float32(gain), out)
-            if changes.random() >= augmentation.same_stem_prob:
+            self._add_window(rng, rows, change, stem_number, np.float32(gain), out)
+            if leader is not None or changes.random() >= augmentation.same_stem_prob:
                 return
             rng = self._generator(i, stem_number, 1 + layer)
             gain = rng.uniform(*self.gain)
@@ -111,14 +131,14 @@ class RandomMixes(Dataset[Example]):
     def _add_window(
         self,
         rng: np.random.Generator,
+        rows: np.ndarray,
         change: Change,
         stem_number: int,
         gain: np.float32,
         out: np.ndarray,
     ) -> None:
-        """Add a random active window of a stem to `out` [c, t]; where it fails, another one."""
+        """Add one of the windows `rows` of a stem to `out` [c, t]; where it fails, another one."""
         stem = self.stems[stem_number]
-        rows = self.windows[stem]
         for _ in range(_MAX_REDRAWS):
             track_number, start = rows[rng.integers(len(rows))]
             track = self.tracks[track_number]

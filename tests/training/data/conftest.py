@@ -52,3 +52,19 @@ def tracks(tmp_path: Path, make_folder_track: Callable[..., Path]) -> list[Track
 def index(tracks: list[Track]) -> ActivityIndex:
     """Of `tracks`, for segments of a tenth of a second."""
     return build_activity_index(tracks, STEMS, SEGMENT)
+
+
+@pytest.fixture
+def places(tracks: list[Track]) -> Callable[[str, np.ndarray], list[tuple[int, int]]]:
+    """Finds where a window of a stem lies in `tracks`: (track, start)."""
+
+    def find(stem: str, window: np.ndarray) -> list[tuple[int, int]]:
+        songs = [track.read(stem) for track in tracks]
+        return [
+            (number, int(start))
+            for number, song in enumerate(songs)
+            for start in np.flatnonzero(song[0, : 1 - SEGMENT] == window[0, 0])
+            if np.array_equal(song[:, start : start + SEGMENT], window)
+        ]
+
+    return find

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 from models.errors import InputError
 from training.data import failures
 from training.data.activity import ActivityIndex, build_activity_index
+from training.data.augment import Augmentation
 from training.data.mixing import (
     AlignedSegments,
     ExampleCounter,
@@ -83,6 +85,46 @@ def test_silence_and_gain_options(tracks, index) -> None:
     window = example["target"][0].numpy()
     listed = [tracks[t].read("vocals", s, SEGMENT) for t, s in index.windows["vocals"]]
     assert any(np.array_equal(window, candidate) for candidate in listed)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_aligned_examples_lie_as_in_their_song(tracks, index, places, shift: float) -> None:
+    augmentation = Augmentation(
+        aligned_prob=1.0, same_stem_prob=0.5, time_shift_prob=shift, time_shift_seconds=0.05
+    )
+    options = {"silent_prob": 0.0, "gain": (1.0, 1.0)}
+    dataset = mixes(tracks, index, augmentation=augmentation, **options)
+    drawn = set()
+    for i in range(20):
+        stems = zip(STEMS, dataset[i]["target"].numpy(), strict=True)
+        found = [places(stem, window) for stem, window in stems]
+        assert all(place == found[0] and len(place) == 1 for place in found)
+        drawn |= set(found[0])
+    assert len(drawn) > 5
+
+
+def test_aligned_examples_follow_the_activity_of_the_targets(tracks, index, places) -> None:
+    windows = {stem: rows[:2] if stem == "vocals" else rows for stem, rows in index.windows.items()}
+    few = replace(index, windows=windows)
+    options = {"silent_prob": 0.0, "gain": (1.0, 1.0)}
+    dataset = mixes(
+        tracks, few, ("vocals",), augmentation=Augmentation(aligned_prob=1.0), **options
+    )
+    drawn = set()
+    for i in range(12):
+        example = dataset[i]
+        drawn |= set(places("vocals", example["target"][0].numpy()))
+    assert drawn == {(int(track), int(start)) for track, start in windows["vocals"]}
+
+
+def test_aligned_examples_are_so_many_and_move_no_others(tracks, index) -> None:
+    plain = mixes(tracks, index)
+    some = mixes(tracks, index, augmentation=Augmentation(aligned_prob=0.3))
+    alike = [torch.equal(plain[i]["target"], some[i]["target"]) for i in range(200)]
+    assert 110 <= sum(alike) <= 170  # 140 +- 6.5
+    for i in np.flatnonzero(~np.array(alike)):
+        levels = [x[i]["target"].abs().amax(dim=(1, 2)) for x in (plain, some)]
+        assert torch.equal(levels[0] > 0, levels[1] > 0)  # gains and silences stay
 
 
 def stream(dataset: RandomMixes, count: int, workers: int, **counter: int) -> torch.Tensor:
