@@ -101,7 +101,7 @@ class DataSection(Section):
     tempo_max: Annotated[float, Field(ge=1, le=2)] = 1.1
     """Fastest tempo, as a factor."""
     augment_after: NonNegativeInt = 0
-    """Examples from the start of the run without any of these changes."""
+    """Examples from the start without any of these changes; over as many again they set in."""
     num_workers: NonNegativeInt = 4
     """Processes that read audio; 0 reads in the training process."""
     prefetch: PositiveInt = 2

@@ -15,6 +15,7 @@ from training.config import CurriculumSection
 from training.distributed import World
 
 _MEMORY = 0.95  # of the running score: about 20 steps
+_LOSS = 2.0  # dB below release_sdr: the network forgets
 
 
 class TargetGain:
@@ -22,7 +23,8 @@ class TargetGain:
 
     Every optimizer step whose running SDR is above `release_sdr` lowers the factor by
     `release_rate`, any other raises it by half of that; silent and skipped steps have no SDR and go
-    by the score there is. Once it is 1 it stays. All of it stays on the device: no step waits.
+    by the score there is. Once it is 1 it stays, unless the score falls far below `release_sdr`:
+    then it sets out from there again. All of it stays on the device: no step waits.
 
     Args:
         settings: start, threshold and rate.
@@ -65,7 +67,8 @@ class TargetGain:
             score > settings.release_sdr, 1 - settings.release_rate, 1 + settings.release_rate / 2
         )
         gain = (self.gain * factor).clamp(1, settings.target_gain)
-        self.gain.copy_(torch.where(self.gain > 1, gain, 1.0))
+        moves = (self.gain > 1) | (score < settings.release_sdr - _LOSS)
+        self.gain.copy_(torch.where(moves, gain, 1.0))
         self.score.copy_(score)
         self._energies.zero_()
 

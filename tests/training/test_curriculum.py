@@ -51,8 +51,19 @@ def test_once_down_it_stays_down() -> None:
     curriculum = make(1.05, release_sdr=5.0, release_rate=0.1)
     observe(curriculum, sdr=20.0, steps=20)
     assert float(curriculum.gain) == 1.0
-    observe(curriculum, sdr=-5.0, steps=100)
+    observe(curriculum, sdr=3.5, steps=100)
     assert curriculum.row()["target_gain"] == 1.0
+
+
+def test_a_network_that_forgets_has_it_again() -> None:
+    curriculum = make(2.0, release_sdr=5.0, release_rate=0.1)
+    observe(curriculum, sdr=20.0, steps=20)
+    assert float(curriculum.gain) == 1.0
+    observe(curriculum, sdr=0.0, steps=60)
+    raised = float(curriculum.gain)
+    assert 1.05 < raised <= 2.0
+    observe(curriculum, sdr=8.0, steps=100)
+    assert float(curriculum.gain) == 1.0
 
 
 @pytest.mark.parametrize("estimate", [torch.zeros(1, 1, 2, 9), torch.full((1, 1, 2, 9), torch.nan)])

@@ -57,7 +57,8 @@ class Augmentation:
         tempo_prob: the tempo multiplied by a factor between
         tempo_min: and
         tempo_max: the pitch staying as it is.
-        augment_after: the first so many examples of a run stay as they are.
+        augment_after: the first so many examples of a run stay as they are, and of as many again
+            more and more do not.
 
     Raises:
         InputError: pitch or tempo is asked for and python-stretch is not installed.
@@ -79,6 +80,10 @@ class Augmentation:
     def __post_init__(self) -> None:
         if self.pitch_prob or self.tempo_prob:
             _import_stretch()  # now, not in a worker after the first batch
+
+    def applies(self, i: int, draw: float) -> bool:
+        """Whether example `i` is one that may be changed; draw: uniform in [0, 1)."""
+        return draw * self.augment_after <= i - self.augment_after
 
     def draw(self, rng: np.random.Generator, sample_rate: int) -> Change:
         """Draw a change; always the same number of draws, so that settings do not move others."""

@@ -27,7 +27,7 @@ Example = dict[str, torch.Tensor]
 _MAX_REDRAWS = 50
 _NONE = Augmentation()
 _MAX_LAYERS = 3  # windows of one stem on top of each other
-_ALIGNED, _PLACE = 8, 9  # what random numbers are for, see RandomMixes._generator
+_WHOLE, _PLACE = 8, 9  # purposes of random numbers beside 0 for a stem and 1 for its changes
 
 
 class RandomMixes(Dataset[Example]):
@@ -82,16 +82,16 @@ class RandomMixes(Dataset[Example]):
 
     def __getitem__(self, i: int) -> Example:
         stems = np.zeros((len(self.stems), AUDIO_CHANNELS, self.segment_frames), np.float32)
-        augmentation = self.augmentation if i >= self.augmentation.augment_after else _NONE
-        leader = self._leader(i, augmentation.aligned_prob)
+        rng = self._generator(i, 0, _WHOLE)
+        augmentation = self.augmentation if self.augmentation.applies(i, rng.random()) else _NONE
+        leader = self._leader(rng, augmentation.aligned_prob)
         for number, stem in enumerate(stems):
             self._draw(i, number, leader, augmentation, stem)
         scaled = torch.from_numpy(stems)  # s c t
         return {"mixture": _mix(scaled), "target": scaled[self.target_numbers]}
 
-    def _leader(self, i: int, aligned_prob: float) -> int | None:
-        """The target stem whose window all stems of example `i` share; None if they share none."""
-        rng = self._generator(i, 0, _ALIGNED)
+    def _leader(self, rng: np.random.Generator, aligned_prob: float) -> int | None:
+        """The target stem whose window all stems of an example share; None if they share none."""
         if rng.random() >= aligned_prob:
             return None
         return self.target_numbers[rng.integers(len(self.target_numbers))]
