@@ -27,7 +27,7 @@ Example = dict[str, torch.Tensor]
 _MAX_REDRAWS = 50
 _NONE = Augmentation()
 _MAX_LAYERS = 3  # windows of one stem on top of each other
-_WHOLE, _PLACE = 8, 9  # purposes of random numbers beside 0 for a stem and 1 for its changes
+_WHOLE = 8  # the purpose of random numbers of an example rather than a stem
 
 
 class RandomMixes(Dataset[Example]):
@@ -81,46 +81,19 @@ class RandomMixes(Dataset[Example]):
         self.broken = torch.zeros(len(tracks), len(self.stems), dtype=torch.uint8).share_memory_()
 
     def __getitem__(self, i: int) -> Example:
-        stems = np.zeros((len(self.stems), AUDIO_CHANNELS, self.segment_frames), np.float32)
         rng = self._generator(i, 0, _WHOLE)
         augmentation = self.augmentation if self.augmentation.applies(i, rng.random()) else _NONE
-        leader = self._leader(rng, augmentation.aligned_prob)
-        for number, stem in enumerate(stems):
-            self._draw(i, number, leader, augmentation, stem)
+        if rng.random() < augmentation.aligned_prob:
+            stems = self._song(i, rng, augmentation)
+        else:
+            stems = self._silence()
+            for number, stem in enumerate(stems):
+                self._draw(i, number, augmentation, stem)
         scaled = torch.from_numpy(stems)  # s c t
         return {"mixture": _mix(scaled), "target": scaled[self.target_numbers]}
 
-    def _leader(self, rng: np.random.Generator, aligned_prob: float) -> int | None:
-        """The target stem whose window all stems of an example share; None if they share none."""
-        if rng.random() >= aligned_prob:
-            return None
-        return self.target_numbers[rng.integers(len(self.target_numbers))]
-
-    def _draw(
-        self,
-        i: int,
-        stem_number: int,
-        leader: int | None,
-        augmentation: Augmentation,
-        out: np.ndarray,
-    ) -> None:
-        """One stem of example `i`, scaled, into the zeros of `out` [c, t], if it is not silent."""
-        rng = self._generator(i, stem_number)
-        gain = rng.uniform(*self.gain)
-        if rng.random() < self.silent_prob:
-            return
-        guide = stem_number if leader is None else leader  # whose draws and windows decide
-        changes = self._generator(i, guide, 1)
-        if leader is not None:
-            rng = self._generator(i, guide, _PLACE)
-        rows = self.windows[self.stems[guide]]
-        for layer in range(1, _MAX_LAYERS + 1):
-            change = augmentation.draw(changes, self.tracks[0].sample_rate)
-            self._add_window(rng, rows, change, stem_number, np.float32(gain), out)
-            if leader is not None or changes.random() >= augmentation.same_stem_prob:
-                return
-            rng = self._generator(i, stem_number, 1 + layer)
-            gain = rng.uniform(*self.gain)
+    def _silence(self) -> np.ndarray:
+        return np.zeros((len(self.stems), AUDIO_CHANNELS, self.segment_frames), np.float32)
 
     def _generator(self, i: int, stem_number: int, purpose: int = 0) -> np.random.Generator:
         # A generator per example and stem: a redraw of one stem changes no other. What is drawn
@@ -128,32 +101,74 @@ class RandomMixes(Dataset[Example]):
         counter = [0, purpose, stem_number, i]
         return np.random.Generator(np.random.Philox(key=self.seed, counter=counter))
 
+    def _draw_gain(self, rng: np.random.Generator) -> np.float32:
+        """The gain of a stem, 0 where it is to be silent."""
+        gain = rng.uniform(*self.gain)
+        return np.float32(gain if rng.random() >= self.silent_prob else 0)
+
+    def _draw(self, i: int, number: int, augmentation: Augmentation, out: np.ndarray) -> None:
+        """A stem of example `i`, of any songs, into the zeros of `out` [c, t]."""
+        rng, changes = self._generator(i, number), self._generator(i, number, 1)
+        gain = self._draw_gain(rng)
+        if not gain:
+            return
+        for layer in range(1, _MAX_LAYERS + 1):
+            change = augmentation.draw(changes, self.tracks[0].sample_rate)
+            self._add_window(rng, number, change, gain, out)
+            if changes.random() >= augmentation.same_stem_prob:
+                return
+            rng = self._generator(i, number, 1 + layer)
+            gain = np.float32(rng.uniform(*self.gain))
+
     def _add_window(
         self,
         rng: np.random.Generator,
-        rows: np.ndarray,
+        number: int,
         change: Change,
-        stem_number: int,
         gain: np.float32,
         out: np.ndarray,
     ) -> None:
-        """Add one of the windows `rows` of a stem to `out` [c, t]; where it fails, another one."""
-        stem = self.stems[stem_number]
+        """Add a random active window of a stem to `out` [c, t]; where it fails, another one."""
+        rows = self.windows[self.stems[number]]
         for _ in range(_MAX_REDRAWS):
-            track_number, start = rows[rng.integers(len(rows))]
-            track = self.tracks[track_number]
-            place = change.place(int(start), self.segment_frames, track.frames)
-            try:
-                audio = track.read(stem, *place)
-            except CorruptAudioError as error:
-                self.failures.failure(error, self.broken[track_number, stem_number])
-                continue
-            self.failures.succeeded()
-            audio = change.apply(audio, self.segment_frames, track.sample_rate)
-            audio *= gain
-            out += audio
-            return
-        raise InputError(f"{_MAX_REDRAWS} reads of '{stem}' failed in a row: check the data root")
+            audio = self._read(rows[rng.integers(len(rows))], number, change)
+            if audio is not None:
+                audio *= gain
+                out += audio
+                return
+        raise InputError(
+            f"{_MAX_REDRAWS} reads of '{self.stems[number]}' failed in a row: check the data root"
+        )
+
+    def _song(self, i: int, rng: np.random.Generator, augmentation: Augmentation) -> np.ndarray:
+        """All stems of one place of one song, with the gains that they have in `_draw`."""
+        gains = [self._draw_gain(self._generator(i, number)) for number in range(len(self.stems))]
+        rows = self.windows[self.stems[rng.choice(self.target_numbers)]]
+        change = augmentation.draw(rng, self.tracks[0].sample_rate)
+        for _ in range(_MAX_REDRAWS):
+            row, stems = rows[rng.integers(len(rows))], self._silence()
+            for number, gain in enumerate(gains):
+                if gain:
+                    audio = self._read(row, number, change)
+                    if audio is None:
+                        break
+                    np.multiply(audio, gain, out=stems[number])
+            else:
+                return stems
+        raise InputError(f"{_MAX_REDRAWS} songs in a row could not be read: check the data root")
+
+    def _read(self, row: np.ndarray, number: int, change: Change) -> np.ndarray | None:
+        """The window `row` of a stem, changed, [c, t]; None where it fails, which is noted."""
+        track_number, start = row
+        track = self.tracks[track_number]
+        place = change.place(int(start), self.segment_frames, track.frames)
+        try:
+            audio = track.read(self.stems[number], *place)
+        except CorruptAudioError as error:
+            self.failures.failure(error, self.broken[track_number, number])
+            return None
+        self.failures.succeeded()
+        return change.apply(audio, self.segment_frames, track.sample_rate)
 
 
 class ExampleCounter(Sampler[int]):

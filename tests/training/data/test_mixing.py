@@ -103,6 +103,23 @@ def test_aligned_examples_lie_as_in_their_song(tracks, index, places, shift: flo
     assert len(drawn) > 5
 
 
+def test_an_aligned_example_keeps_together_where_a_file_fails(tracks, index, places) -> None:
+    (tracks[1].folder / "bass.wav").write_bytes(b"no longer a wav")
+    dataset = mixes(
+        tracks,
+        index,
+        silent_prob=0.0,
+        gain=(1.0, 1.0),
+        augmentation=Augmentation(aligned_prob=1.0),
+    )
+    for i in range(12):
+        stems = dict(zip(STEMS, dataset[i]["target"].numpy(), strict=True))
+        (place,) = places("vocals", stems["vocals"])
+        assert places("drums", stems["drums"]) == [place]
+        assert place[0] != 1
+    assert dataset.broken.nonzero().tolist() == [[1, 2]]
+
+
 def test_aligned_examples_follow_the_activity_of_the_targets(tracks, index, places) -> None:
     windows = {stem: rows[:2] if stem == "vocals" else rows for stem, rows in index.windows.items()}
     few = replace(index, windows=windows)
