@@ -271,6 +271,9 @@ class BSMamba2(nn.Module):
         short = config.n_fft // 2 + 1 - wide.shape[-1]
         if short > 0:  # too little to reflect
             wide = F.pad(wide, [0, short])
+        rest = wide.shape[-1] % config.hop_length
+        if rest > 3 * config.n_fft // 8:  # under the last window's edge, where istft divides by it
+            wide = F.pad(wide, [0, config.hop_length - rest])
         spec = torch.stft(
             wide.flatten(0, 1),
             config.n_fft,

@@ -169,7 +169,9 @@ def build_model(found: Checkpoint, source: str) -> BSMamba2:
     given = {name: tuple(tensor.shape) for name, tensor in found.state_dict.items()}
     if wanted != given:
         raise InputError(f"{source}: {_difference(wanted, given)}")
-    model.load_state_dict(found.state_dict, assign=True)
+    halves = (torch.float16, torch.bfloat16)
+    weights = {k: w.float() if w.dtype in halves else w for k, w in found.state_dict.items()}
+    model.load_state_dict(weights, assign=True)
     model.window = torch.hann_window(found.config.n_fft)
     return model
 

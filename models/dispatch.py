@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from models.errors import InputError, is_of_dead_worker
+from models.errors import InputError, is_of_dead_worker, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -133,7 +133,7 @@ def run_scan(
         return first_that_runs(candidates(tensor, fused), tensor, run, trial)
     reason = missing(name, tensor)
     if name == "triton" and not fused:
-        reason = "it runs whole blocks with d_conv 2 to 4, not a scan alone; use chunked"
+        reason = "it runs blocks with d_conv 2 to 4 along time or bands, no scan alone; use chunked"
     if reason is not None:
         raise InputError(f"scan backend {name!r} cannot run: {reason}")
     with memory_hint():
@@ -168,10 +168,8 @@ def first_that_runs(
                 if trial is not None:
                     trial(name)
                 result = _call(run, name)
-            except torch.OutOfMemoryError:
-                raise
             except kernel_errors() as error:
-                if is_of_dead_worker(error):
+                if is_of_dead_worker(error) or is_out_of_memory(error):
                     raise
                 _failed[name] = f"{type(error).__name__}: {error}"
                 warnings.warn(
@@ -194,7 +192,9 @@ class memory_hint:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, torch.OutOfMemoryError) and OUT_OF_MEMORY_HINT not in str(error):
+        if not isinstance(error, Exception) or OUT_OF_MEMORY_HINT in str(error):
+            return
+        if is_out_of_memory(error):
             raise torch.OutOfMemoryError(f"{OUT_OF_MEMORY_HINT} ({error})") from error
 
 

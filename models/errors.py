@@ -98,4 +98,4 @@ def is_out_of_memory(error: Exception) -> bool:
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUFFT_ALLOC_FAILED",
     )
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(w in str(error) for w in words)
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)

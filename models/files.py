@@ -60,6 +60,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     `path` must not exist then, or be an empty folder.
     """
     temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process with our number that was killed
     temporary.mkdir()
     try:
         yield temporary
@@ -77,7 +78,10 @@ def remove_left_parts(folder: Path) -> None:
     for part in folder.glob(".*.partial*"):
         number = part.name.removeprefix(".").split(".partial")[0].rpartition(".")[2]
         if number.isdecimal() and not _is_alive(int(number)):
-            part.unlink(missing_ok=True)
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                part.unlink(missing_ok=True)
 
 
 def _is_alive(process: int) -> bool:

@@ -64,8 +64,16 @@ class GraphedNetwork:
         return captured.stems.clone()
 
     def _capture(self, spec: Tensor) -> _Captured:
-        # Tensors of inference mode could not be written to outside of it.
-        with torch.inference_mode(False), torch.no_grad():
+        # Tensors of inference mode could not be written to outside of it. A cast of a weight that
+        # lies in autocast's cache would be a constant of the graph, and freed after it.
+        kind = spec.device.type
+        no_cache = torch.autocast(
+            kind,
+            torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=False,
+        )
+        with torch.inference_mode(False), torch.no_grad(), no_cache:
             static = torch.empty_like(spec).copy_(spec)
             side = torch.cuda.Stream(spec.device)
             side.wait_stream(torch.cuda.current_stream(spec.device))

@@ -30,6 +30,7 @@ MAMBA_SSM_AVAILABLE = package_built("mamba_ssm", "selective_scan_cuda")
 CAUSAL_CONV1D_AVAILABLE = package_built("causal_conv1d", "causal_conv1d_cuda")
 
 NORM_EPS = 1e-5
+FUSED_TAPS = range(2, 5)  # d_conv of what runs as one Triton block
 _tried: set[tuple[object, ...]] = set()  # whose backward pass is known to work
 
 
@@ -58,7 +59,8 @@ class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor) -> Tensor:
         ctx.save_for_backward(y, z)
-        return rms_normalize(y * F.silu(z))
+        wide = torch.promote_types(y.dtype, torch.float32)  # the product overflows float16
+        return rms_normalize(F.silu(z.to(wide)).mul_(y)).to(y.dtype)
 
     @staticmethod
     @once_differentiable
@@ -67,7 +69,7 @@ class _GatedNorm(torch.autograd.Function):
         wide = torch.promote_types(y.dtype, torch.float32)
         s = torch.sigmoid(z.to(wide))
         gate = z * s
-        v = (y * gate).to(y.dtype).to(wide)
+        v = y * gate
         r = torch.rsqrt(v.square().mean(-1, keepdim=True) + NORM_EPS)
         n = v.mul_(r)
         dn = dn.to(wide)
@@ -230,12 +232,12 @@ class Mamba2Block(nn.Module):
         Raises:
             InputError: the scan backend is unknown or cannot run here.
         """
-        fused = x.ndim in (3, 4) and 2 <= self.d_conv <= 4
+        has_kernel = x.ndim in (3, 4) and axis % x.ndim in range(1, x.ndim - 1)
         return run_scan(
             self.scan_backend,
             x,
             lambda backend: self._forward(x, axis, backend),
-            fused,
+            has_kernel and self.d_conv in FUSED_TAPS,
             lambda backend: self._try_backward(x, axis, backend),
         )
 

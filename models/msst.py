@@ -90,6 +90,14 @@ def _parse(path: Path, values: dict[str, Any]) -> MsstConfig:
     training = _section(path, values, "training")
     for key in _WHOLE_NUMBERS & set(model):
         _require(path, f"model.{key}", model[key], int)
+    built = {
+        "stft_win_length": model.get("stft_n_fft", BSMamba2Config.n_fft),
+        "stft_normalized": False,
+        "mamba_gmlp": False,
+    }
+    for key, value in built.items():
+        if model.get(key, value) != value:
+            raise InputError(f"{path}: model.{key} is {model[key]}, only {value} can be computed")
     if "stereo" in model:
         _require(path, "model.stereo", model["stereo"], bool)
     if audio.get("sample_rate") is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from models.dispatch import candidates, requested_backend
+from models.mamba2 import FUSED_TAPS
 
 if TYPE_CHECKING:
     from training.trainer import Trainer
@@ -43,7 +44,7 @@ def _backend(trainer: Trainer) -> str:
         return wanted
     with trainer.autocast():
         sample = torch.empty(1, device=trainer.device)
-        return f"auto ({candidates(sample, fused=True)[0]})"
+        return f"auto ({candidates(sample, fused=trainer.config.model.d_conv in FUSED_TAPS)[0]})"
 
 
 def _device(device: torch.device) -> str:

@@ -29,9 +29,7 @@ from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
-import torch
-
-from models.errors import InputError, is_of_dead_worker, run_command
+from models.errors import InputError, is_of_dead_worker, is_out_of_memory, run_command
 from models.files import NO_ROOM, write_text
 from training.config import Config, dump_config, load_config
 from training.distributed import World, joined_world, lost_a_rank
@@ -76,16 +74,16 @@ def main(argv: list[str] | None = None) -> int:
         set_up_logging(world)
         try:
             return train(config, args, world)
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                "the GPU's memory ran out: lower training.batch_size (and raise"
-                " training.accumulation to match) or set model.gradient_checkpointing=true"
-            ) from error
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise
             raise unwritable(error, config.run.dir) from error
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise InputError(
+                    "memory ran out: lower training.batch_size (and raise training.accumulation"
+                    f" to match) or set model.gradient_checkpointing=true ({error})"
+                ) from error
             if is_of_dead_worker(error):
                 raise worker_death(error) from error
             if world.size == 1 or not lost_a_rank(error):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.mamba2 import NORM_EPS
 from models.scan.triton_mixer import (
     Scan,
     gate_backward,
@@ -27,7 +28,6 @@ from models.scan.triton_mixer import (
 )
 from models.scan.triton_plan import MixerParameters, Plan, make_plan
 
-EPS = 1e-5
 # Tokens worked on at once: all up to six clips of 8 s, of more clips three. A part of three is 2 %
 # slower than the whole, and leaves room for batches that would not fit otherwise.
 WHOLE_TOKENS, PART_TOKENS = 300_000, 150_000
@@ -80,7 +80,7 @@ class _Work(NamedTuple):
 
 
 def _start(x: Tensor, w_in: Tensor, params: MixerParameters, axis: str, allow_tf32: bool) -> _Work:
-    normal = norm_forward(x, EPS)
+    normal = norm_forward(x, NORM_EPS)
     # The product in the weights' type, whatever autocast says.
     with torch.autocast(x.device.type, enabled=False):
         proj = F.linear(normal, w_in).unflatten(-1, (2, -1))
@@ -109,7 +109,7 @@ def _forward(
         for part in _slices(x):
             work = _start(x[part], w_in, params, axis, allow_tf32)
             kept = None if y is None else y[part]
-            normal = mixer_forward(work.proj, work.scan, params, work.plan, EPS, kept)
+            normal = mixer_forward(work.proj, work.scan, params, work.plan, NORM_EPS, kept)
             if works is not None:
                 works.append(work)
             del work  # before the next part's, which is as large
@@ -158,7 +158,7 @@ def _backward(
     rows = dout.view(-1, x.shape[-1])  # btk d
     flat, dflat = x.view_as(rows), dx.view_as(rows)
     dmixed = (rows @ w_out.T).view_as(y)  # b t k 2 i; its gradient once the gate is passed
-    mixed = gate_backward(proj, y, dmixed, dproj, EPS)
+    mixed = gate_backward(proj, y, dmixed, dproj, NORM_EPS)
     dw_out = mixed.view(len(rows), -1).T @ rows
     del mixed
     grads = scan_backward(dmixed, proj, scan, params, dproj, plan)
@@ -166,6 +166,6 @@ def _backward(
     drows = dproj.view(len(rows), -1)  # btk 2w
     dw_in = drows.T @ normal.view_as(rows)
     torch.addmm(rows, rows, skip.T, out=dflat)
-    norm_backward(flat, drows @ w_in, dflat, EPS)
+    norm_backward(flat, drows @ w_in, dflat, NORM_EPS)
     dskip, dbias = flat.T @ rows, rows.sum(dim=0)
     return dw_in, dw_out, dskip, dbias, *grads

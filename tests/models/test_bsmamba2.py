@@ -77,6 +77,14 @@ def test_any_length_keeps_its_length_and_the_stft_inverts(length, assert_close):
     assert_close("round trip", model.istft(model.stft(waveform), length), waveform, 1e-5)
 
 
+@pytest.mark.parametrize(("hop", "rest"), ((1024, 1023), (1024, 800), (768, 767), (441, 440)))
+def test_the_end_of_a_last_hop_is_inverted_too(hop, rest, assert_close):
+    model = BSMamba2(replace(TINY, hop_length=hop))
+    waveform = torch.randn(1, 2, 8 * hop + rest)
+    back = model.istft(model.stft(waveform), waveform.shape[-1])
+    assert_close("round trip", back, waveform, 1e-4)
+
+
 def test_stft_settings_are_the_papers():
     model = BSMamba2(TINY)
     spec = model.stft(torch.ones(1, 2, 352_800))

@@ -32,6 +32,15 @@ def test_own_files_come_back_bit_for_bit(name, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", ("half.pt", "half.safetensors"))
+def test_half_precision_weights_run_in_float32(name, tmp_path):
+    weights = {key: value.half() for key, value in BSMamba2(TINY).state_dict().items()}
+    save_checkpoint(tmp_path / name, TINY, weights)
+    loaded = load_checkpoint(tmp_path / name)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert loaded(torch.randn(1, 2, 3000)).isfinite().all()
+
+
 def test_training_state_is_kept(tmp_path):
     state = {"step": 3, "rng": torch.get_rng_state(), "optimizer": {"state": {0: {"a": 1.5}}}}
     save_checkpoint(tmp_path / "last.pt", TINY, BSMamba2(TINY).state_dict(), state)

@@ -216,14 +216,21 @@ def test_training_goes_on_after_a_failing_kernel(monkeypatch, assert_close):
     assert_close("output", y, block(x), 1e-7)
 
 
-def test_out_of_memory_is_raised_with_what_to_lower(monkeypatch):
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+@pytest.mark.parametrize(
+    "error",
+    (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling 2 GiB"),
+    ),
+)
+def test_out_of_memory_is_raised_with_what_to_lower(monkeypatch, error):
     monkeypatch.setitem(IMPLEMENTATIONS, "ssd", failing(error))
     monkeypatch.setattr(dispatch, "candidates", lambda t, fused: ["ssd", "chunked"])
     with pytest.raises(torch.OutOfMemoryError) as caught:
         selective_scan(*scan_inputs())
     for word in ("training.batch_size", "model.gradient_checkpointing", "2 GiB"):
         assert word in str(caught.value)
+    assert not dispatch._failed
 
 
 def test_a_named_backend_that_fails_is_not_replaced(monkeypatch):

@@ -183,6 +183,22 @@ def test_network_in_bfloat16_stays_close_to_float32(assert_close):
             assert_close("bfloat16", model(waveform), expected, 3e-2)
 
 
+@pytest.mark.parametrize("backend", ("chunked", "triton"))
+def test_graph_under_autocast_sees_new_weights(backend, assert_close):
+    config = BSMamba2Config(dim=32, depth=1, d_state=32, headdim=32, scan_backend=backend)
+    model = BSMamba2(config).cuda().eval()
+    graphed = GraphedNetwork(model)
+    waveform = torch.randn(1, 2, 8820, device="cuda")
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        for _ in range(3):
+            graphed(waveform)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        assert_close("new weights", graphed(waveform), model(waveform), 1e-6)
+
+
 def test_graph_replays_the_network_and_sees_new_weights(assert_close):
     torch.manual_seed(0)
     model = BSMamba2(BSMamba2Config(dim=32, depth=1, d_state=32, headdim=32)).cuda().eval()

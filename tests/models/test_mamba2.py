@@ -7,7 +7,7 @@ import torch
 
 from models import InputError
 from models.conv import causal_conv1d
-from models.mamba2 import Mamba2Block, Mamba2Mixer
+from models.mamba2 import Mamba2Block, Mamba2Mixer, gated_norm
 
 
 @pytest.mark.parametrize("backend", ("sequential", "chunked"))
@@ -74,6 +74,19 @@ def test_block_runs_along_any_axis(assert_close):
     along_bands = torch.stack([block(x[:, t]) for t in range(5)], dim=1)
     assert_close("time axis", block(x, axis=1), along_time, 1e-12)
     assert_close("band axis", block(x, axis=2), along_bands, 1e-12)
+
+
+@pytest.mark.parametrize("scale", (1e-3, 1.0, 400.0))
+def test_gated_norm_in_half_precision_has_float32_inside(scale, assert_close):
+    y, z, dn = (torch.randn(4, 64, generator=torch.manual_seed(n)) for n in range(3))
+    halves = [(scale * x).half().requires_grad_() for x in (y, z)]
+    wide = [x.detach().float().requires_grad_() for x in halves]
+    narrow, wanted = gated_norm(*halves), gated_norm(*wide)
+    assert_close("output", narrow.float(), wanted, 1e-3)
+    narrow.backward(dn.half())
+    wanted.backward(dn.half().float())
+    for name, mine, theirs in zip("yz", halves, wide, strict=True):
+        assert_close(f"grad {name}", mine.grad.float(), theirs.grad, 2e-3)
 
 
 def test_block_looks_both_ways_and_mixer_back_only():

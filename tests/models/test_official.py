@@ -231,6 +231,9 @@ def test_values_of_a_yaml_that_cannot_be(weights, tmp_path: Path) -> None:
         ("{model: {dim: 8}, audio: {sample_rate: high}}", "audio.sample_rate is 'high'"),
         ("{model: {dim: 8}, training: {instruments: 3}}", "training.instruments is 3"),
         ("model: {stft_hop_length: 5000}", "hop_length 5000 is more than half"),
+        ("model: {stft_win_length: 1024}", "model.stft_win_length is 1024, only 2048"),
+        ("model: {stft_normalized: true}", "model.stft_normalized is True, only False"),
+        ("model: {mamba_gmlp: true}", "model.mamba_gmlp is True, only False"),
     ):
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(InputError, match=message) as caught:

@@ -21,6 +21,7 @@ if not CUDA:
 pytest.importorskip("triton", reason="triton is not installed")
 
 from models import dispatch, mamba2  # noqa: E402
+from models.errors import InputError  # noqa: E402
 from models.mamba2 import Mamba2Block  # noqa: E402
 from models.scan import triton_block, triton_mixer  # noqa: E402
 from models.scan.sequential import sequential_scan  # noqa: E402
@@ -288,6 +289,13 @@ def test_unsupported_input_is_refused() -> None:
         mixer_core(proj[..., :-1].contiguous(), params, "time")
     with pytest.raises(ValueError, match="d_conv"):
         mixer_core(proj, params._replace(conv_weight=torch.zeros(2, 5, 64)), "time")
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 24), (3, 2, 5, 24)])
+def test_an_axis_without_kernels_is_refused_by_name(shape: tuple[int, ...]) -> None:
+    block, _ = blocks()
+    with pytest.raises(InputError, match="cannot run"):
+        block(torch.randn(shape, device=DEVICE), 0)
 
 
 @pytest.fixture

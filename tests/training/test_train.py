@@ -231,11 +231,18 @@ def test_second_interrupt_stops_at_once(
     assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
 
 
-def test_gpu_memory_error_names_the_remedy(
-    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error",
+    (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ),
+)
+def test_memory_error_names_the_remedy(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
     def run_out(self: Trainer, batches: Any) -> Any:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(Trainer, "train_step", run_out)
     with pytest.raises(InputError, match="training.batch_size.*model.gradient_checkpointing"):
