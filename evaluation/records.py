@@ -23,7 +23,7 @@ from evaluation.scoring import (
     json_number,
 )
 from models.errors import InputError
-from models.files import try_writing, write_text
+from models.files import is_hidden, try_writing, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,7 @@ def read_tracks(folder: Path) -> list[TrackScores]:
 
     Raises InputError if there is none, or a file is damaged.
     """
-    # Hidden ones are parts that a killed process left.
-    paths = sorted(folder.glob("[!.]*.json"))
+    paths = sorted(path for path in folder.glob("*.json") if not is_hidden(path.name))
     if not paths:
         raise InputError(f"{folder}: holds no scored tracks; name the --output of an evaluation")
     tracks = []

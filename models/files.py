@@ -8,8 +8,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
+_PARTS = ".*.partial*"  # names of files and folders that are being written
 # What a write raises where there is no room for it: on the disk, by quota, by the file's limit.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -73,9 +75,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of a person's music or of a run's results.
+
+    Names of songs do begin with dots: "...Baby One More Time".
+    """
+    return fnmatch(name, _PARTS) or (name.startswith(".") and not name.startswith(".."))
+
+
 def remove_left_parts(folder: Path) -> None:
     """Remove temporary files in a folder whose processes were killed; those at work keep theirs."""
-    for part in folder.glob(".*.partial*"):
+    for part in folder.glob(_PARTS):
         number = part.name.removeprefix(".").split(".partial")[0].rpartition(".")[2]
         if number.isdecimal() and not _is_alive(int(number)):
             if part.is_dir():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import InputError
-from models.files import try_writing
+from models.files import is_hidden, try_writing
 from separation.reader import STANDARD_INPUT
 
 DEFAULT_NAME = "{track}/{stem}.{ext}"
@@ -55,7 +55,7 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        return all(path.is_file() for path in self.paths)
+        return bool(self.paths) and all(path.is_file() for path in self.paths)
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ def _songs_of(folder: Path, output: Path) -> list[Song]:
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith(".") and (is_own or (here / name).resolve() != output)
+            if not is_hidden(name) and (is_own or (here / name).resolve() != output)
         )
         for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in AUDIO_SUFFIXES:
+            if not is_hidden(name) and Path(name).suffix.lower() in AUDIO_SUFFIXES:
                 songs.append(Song(str(here / name), here.relative_to(folder)))
     return songs
 

@@ -30,7 +30,7 @@ from pydantic_core import ErrorDetails
 
 from models import BSMamba2Config
 from models.errors import InputError
-from training.data.track import STEMS, MissingStems
+from training.data.track import AUDIO_CHANNELS, STEMS, MissingStems
 
 
 def _device(name: str) -> str:
@@ -244,6 +244,11 @@ class Config(Section):
         if unknown:
             raise InputError(
                 f"model.stem_names: '{unknown[0]}' is not in data.stems {list(self.data.stems)}"
+            )
+        if self.model.audio_channels != AUDIO_CHANNELS:
+            raise InputError(
+                f"model.audio_channels: data are read in stereo, {AUDIO_CHANNELS} is needed,"
+                f" got {self.model.audio_channels}"
             )
         odd = [n for w in self.loss.windows if (n := max(w, self.loss.n_fft_min)) % 2]
         if odd:

@@ -173,9 +173,6 @@ class Loaders:
         """The validation segments of this rank (rank, rank + world_size, ...), in order.
 
         A rank may have none. A segment that can no longer be read is left out with a warning.
-
-        Raises:
-            InputError: none of them can be read.
         """
         if self._validation is None:
             mine = range(self.rank, len(self.segments), self.world_size)
@@ -186,13 +183,9 @@ class Loaders:
                 collate_fn=collate_readable,
                 persistent_workers=workers > 0,
             )
-        is_empty = True
         for batch in plain_errors(self._validation):
             if batch is not None:
-                is_empty = False
                 yield batch
-        if is_empty and self.rank < len(self.segments):
-            raise InputError("no validation segment can be read any more: check data.root")
 
     def read_failures(self) -> dict[str, float]:
         """What could not be read so far, for the log of a training step.

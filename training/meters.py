@@ -79,10 +79,12 @@ def training_row(trainer: Trainer) -> dict[str, float]:
         "seconds_left": trainer.seconds * max(0.0, 1 / max(trainer.progress, 1e-9) - 1),
     }
     row |= trainer.curriculum.row()
-    # The largest of any rank: one that waits makes all wait, and each reads of every file.
+    # The largest of any rank: one that waits makes all wait, and each trains on every file.
     own = {"data_wait_share": watch.spent("data") / watch.seconds}
     own |= trainer.loaders.read_failures()
     if trainer.device.type == "cuda":
         own["gpu_memory_gib"] = torch.cuda.max_memory_allocated(trainer.device) / 2**30
     ranks = trainer.world.gather(own)
-    return row | {name: max(rank[name] for rank in ranks) for name in own}
+    row |= {name: max(rank[name] for rank in ranks) for name in own}
+    lost = "data/lost_valid_segments"  # of which each has its own
+    return row | {lost: sum(rank[lost] for rank in ranks)}

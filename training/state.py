@@ -99,6 +99,8 @@ def resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
         group["betas"] = trainer.settings.betas
         group["weight_decay"] = trainer.settings.weight_decay
     trainer.position = Position.from_checkpoint(training)
+    if not trainer.folder.best.exists():  # a new folder: its best is yet to come
+        trainer.position.best_usdr = -math.inf
     set_random_states(training["random"])
     log_changes(training["config"], trainer.config.model_dump(mode="json"))
     logger.info("resumed at step %d", trainer.step)

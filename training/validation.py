@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evaluation.metrics import usdr
 from models import BSMamba2
+from models.errors import InputError
 from training.data.mixing import AlignedSegments
 from training.distributed import World
 from training.logbook import Logbook
@@ -92,6 +93,9 @@ def validate(
         batches: `mixture [b, c, t]` and `target [b, n, c, t]`: this rank's share of the segments,
             every `world.size`-th from number `rank` on.
         world: the ranks; None for this process alone.
+
+    Raises:
+        InputError: no rank has a segment.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -105,6 +109,8 @@ def validate(
     # In the order of the segments, so that sums do not depend on the number of ranks.
     ranks = (world or World()).gather(scored)
     segments = [s for group in zip_longest(*ranks) for s in group if s is not None]
+    if not segments:
+        raise InputError("no validation segment can be read any more: check data.root")
     scores = np.mean([s.usdr for s in segments], axis=0)
     energies = [sum(getattr(s, f"{k}_energy") for s in segments) for k in ("estimate", "target")]
     return Validation(

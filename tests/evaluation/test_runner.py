@@ -312,9 +312,9 @@ def test_an_interrupted_run_goes_on(
 ) -> None:
     """Ctrl-C when the first track is saved: it is kept, and no process stays."""
     root, run = tmp_path / "data", tmp_path / "run"
-    for number in range(6):
-        shutil.copytree(dataset / "test" / "first song", root / "test" / f"song {number}")
-        shutil.copytree(estimates / "first song", estimates / f"song {number}")
+    for name in ("...song", "1", "2", "3", "4", "5"):
+        shutil.copytree(dataset / "test" / "first song", root / "test" / name)
+        shutil.copytree(estimates / "first song", estimates / name)
     save = TrackStore.save
 
     def save_and_interrupt(self: TrackStore, scores: TrackScores, files: list[Path]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from models.errors import InputError
-from separation.plan import DEFAULT_NAME, Song, check_template, find_songs, plan_jobs
+from separation.plan import DEFAULT_NAME, Job, Song, check_template, find_songs, plan_jobs
 from separation.sharding import Shard
 
 STEMS = ("vocals", "instrumental")
@@ -18,7 +18,7 @@ def library(tmp_path: Path) -> Path:
     """Empty files: planning opens none."""
     for name in (
         "music/b.flac", "music/a.MP3", "music/cover.jpg", "music/.hidden.wav",
-        "music/live/2001/a.wav", "music/.trash/x.wav",
+        "music/live/2001/a.wav", "music/.trash/x.wav", "dots/...Baby/...Baby.wav",
     ):  # fmt: skip
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,6 +39,15 @@ def test_folders_are_mirrored(library: Path) -> None:
         ["out/a/vocals.wav", "out/b/vocals.wav", "out/live/2001/a/vocals.wav"],
         [],
     )
+
+
+def test_names_of_songs_may_begin_with_dots(library: Path) -> None:
+    songs, _ = find_songs([str(library / "dots")], library / "out")
+    assert [song.track for song in songs] == ["...Baby"]
+
+
+def test_what_goes_to_standard_output_is_never_done() -> None:
+    assert not Job(Song("-"), ()).is_done
 
 
 def test_a_folder_does_not_take_its_own_output(library: Path) -> None:

@@ -87,7 +87,7 @@ def test_augmentation_follows_the_configuration(make) -> None:
     assert torch.equal(inverted, -plain)
 
 
-def test_failures_are_readable_and_empty_validation_is_an_error(make, tmp_path: Path) -> None:
+def test_failures_and_lost_segments_are_counted(make, tmp_path: Path) -> None:
     loaders = make("data.num_workers=1", "data.max_failed_share=0.9")
     assert set(loaders.read_failures().values()) == {0.0}
     (tmp_path / "data" / "train" / "a" / "bass.wav").unlink()
@@ -98,8 +98,7 @@ def test_failures_are_readable_and_empty_validation_is_an_error(make, tmp_path: 
     assert 0 < report["data/failed_share"] < 0.3
     assert report["data/lost_valid_segments"] == 0
     (tmp_path / "data" / "train" / "c" / "bass.wav").write_bytes(b"")
-    with pytest.raises(InputError, match="no validation segment can be read"):
-        list(loaders.validation())
+    assert list(loaders.validation()) == []
     assert loaders.read_failures()["data/lost_valid_segments"] == 3
 
 

@@ -520,7 +520,11 @@ def test_resume_from_elsewhere_takes_a_folder_of_its_own(tiny_config: Path, tmp_
     with pytest.raises(InputError, match="other already holds another run than .*one"):
         train(tiny_config, other, "--resume", last)
     third = f"run.dir={tmp_path / 'third'}"
+    state = torch.load(last, weights_only=True)
+    state["training"]["best_usdr"] = 100.0  # the first run's affair
+    torch.save(state, last)
     assert train(tiny_config, third, "--resume", last, "training.max_steps=2") == 0
+    assert (tmp_path / "third" / "checkpoints" / "best.pt").exists()
 
 
 def test_signals_wait_for_the_last_checkpoint(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from models import BSMamba2, BSMamba2Config
+from models.errors import InputError
 from training.loss import SeparationLoss
 from training.pictures import BINS_SHOWN, LOWEST_HZ, spectrogram_triptych
 from training.validation import Validation, round_trip, separate_segment, validate
@@ -48,6 +49,11 @@ def test_means_over_items_of_every_stem(model: BSMamba2) -> None:
     # 0.9 of one of two equal stems.
     assert result.level == pytest.approx(10 * np.log10(0.81 / 2), abs=0.1)
     assert not result.is_silent
+
+
+def test_a_data_set_that_is_gone_is_an_error(model: BSMamba2) -> None:
+    with pytest.raises(InputError, match="no validation segment can be read any more"):
+        validate(model, model, SeparationLoss(), [])
 
 
 def test_silence_is_told_from_a_slow_start() -> None:

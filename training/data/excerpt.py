@@ -15,7 +15,7 @@ import soundfile
 from models.errors import InputError, run_command
 from models.files import whole_folder
 from training.data.stem_files import SUFFIX, open_stem_file, require_ffmpeg
-from training.data.track import MIXTURE
+from training.data.track import MIXTURE, Expected
 
 
 def write_excerpt(out: Path, sample_rate: int = 44_100) -> Path:
@@ -36,7 +36,7 @@ def write_excerpt(out: Path, sample_rate: int = 44_100) -> Path:
     folder = out / "test" / source.name.removesuffix(SUFFIX)
     if folder.is_dir():
         return folder
-    track = open_stem_file(source.parent, source, sample_rate)
+    track = open_stem_file(source.parent, source, Expected(sample_rate))
     with whole_folder(folder) as temporary:
         for stem in (*track.stems, MIXTURE):
             path = temporary / f"{stem}.wav"

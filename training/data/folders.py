@@ -92,18 +92,29 @@ def open_folder(
 
 
 def list_audio(folder: Path) -> dict[str, os.DirEntry[str]]:
-    """Stem -> its file, for every audio file in a folder; arrays before wav before flac."""
+    """Stem -> its file, for every audio file in a folder; arrays before wav before flac.
+
+    Raises InputError if the folder cannot be read.
+    """
     found: dict[str, dict[str, os.DirEntry[str]]] = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            stem, dot, suffix = entry.name.rpartition(".")
-            # A Mac leaves "._vocals.wav" beside the files it copies.
-            if not stem.startswith("._"):
-                found.setdefault(dot + suffix, {})[stem] = entry
+    for entry in list_folder(folder):
+        stem, dot, suffix = entry.name.rpartition(".")
+        # A Mac leaves "._vocals.wav" beside the files it copies.
+        if not stem.startswith("._"):
+            found.setdefault(dot + suffix, {})[stem] = entry
     listed: dict[str, os.DirEntry[str]] = {}
     for suffix in reversed((ARRAY_SUFFIX, *SUFFIXES)):
         listed.update(found.get(suffix, {}))
     return listed
+
+
+def list_folder(folder: Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder of the data, in any order. Raises InputError if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror})") from error
 
 
 def _check_missing(folder: Path, entries: dict[str, os.DirEntry[str]], expected: Expected) -> None:

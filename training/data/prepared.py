@@ -42,7 +42,12 @@ def copy_path(cache: Path, root: Path, path: Path) -> Path:
 
 
 def find_copy(
-    caches: Sequence[Path], root: Path, path: Path, sample_rate: int, form: str | None = None
+    caches: Sequence[Path],
+    root: Path,
+    path: Path,
+    sample_rate: int,
+    stems: Sequence[str],
+    form: str | None = None,
 ) -> Path | None:
     """The folder of a copy that is true to the track at `path`; None where there is none.
 
@@ -51,6 +56,7 @@ def find_copy(
         root: the data root.
         path: of the track in it.
         sample_rate: of the copy, in Hz.
+        stems: that were looked for when it was made.
         form: "wav", "flac" or "npy", None for any.
     """
     for cache in caches:
@@ -59,6 +65,7 @@ def find_copy(
             source = json.loads((folder / _SOURCE).read_text(encoding="utf-8"))
             is_true = source["files"] == _stamps(path)
             fits = source["sample_rate"] == sample_rate and form in (None, source["format"])
+            fits = fits and set(stems) <= set(source["stems"])
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -102,7 +109,12 @@ def write_copy(track: Track, path: Path, folder: Path, sample_rate: int, form: s
                     audio, over = _to_int16(track.read(stem), track.sample_rate, sample_rate)
                     _write(temporary / stem, audio, sample_rate, form)
                     clipped += over
-            source = {"files": stamps, "sample_rate": sample_rate, "format": form}
+            source = {
+                "files": stamps,
+                "sample_rate": sample_rate,
+                "format": form,
+                "stems": track.stems,
+            }
             write_text(temporary / _SOURCE, json.dumps(source))
     except (OSError, soundfile.LibsndfileError) as error:
         raise InputError(f"{folder} cannot be written ({error}): free some space") from error

@@ -112,7 +112,7 @@ def open_tracks(
         try:
             copy = None
             if use_copies and with_copies and expected.sample_rate is not None:
-                copy = find_copy(with_copies, root, path, expected.sample_rate)
+                copy = find_copy(with_copies, root, path, expected.sample_rate, expected.stems)
             tracks.append(open_track(root, copy or path, expected, headers, need_mixture))
         except InputError as error:
             broken.append(str(error))
@@ -125,7 +125,7 @@ def open_track(
     """Open a track folder or a `.stem.mp4`; raises InputError, naming the file and the remedy."""
     if path.is_dir():
         return open_folder(root, path, expected, headers, need_mixture)
-    return open_stem_file(root, path, expected.sample_rate)
+    return open_stem_file(root, path, expected)
 
 
 def _check_names(split: Split, selected: dict[Path, list[Path]]) -> None:

@@ -6,12 +6,12 @@ usual 14 validation tracks; other sets validate on a folder `valid`, a list or a
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import InputError
-from training.data.folders import list_audio
+from models.files import is_hidden
+from training.data.folders import list_audio, list_folder
 from training.data.stem_files import SUFFIX
 from training.data.track import STEMS
 
@@ -132,14 +132,12 @@ def _list_flat(root: Path) -> list[Path]:
 def _list_tracks(folder: Path) -> list[Path]:
     """Folders and `.stem.mp4` files, without hidden ones; a folder hides the file of its name."""
     tracks: dict[str, Path] = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            # Names of songs do begin with dots: "...Baby One More Time".
-            if entry.name.startswith(".") and not entry.name.startswith(".."):
-                continue
-            path = Path(entry.path)
-            if entry.is_dir():
-                tracks[path.name] = path
-            elif entry.name.endswith(SUFFIX):
-                tracks.setdefault(track_name(path), path)
+    for entry in list_folder(folder):
+        if is_hidden(entry.name):
+            continue
+        path = Path(entry.path)
+        if entry.is_dir():
+            tracks[path.name] = path
+        elif entry.name.endswith(SUFFIX):
+            tracks.setdefault(track_name(path), path)
     return [tracks[name] for name in sorted(tracks)]

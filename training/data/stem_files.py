@@ -12,7 +12,7 @@ import numpy as np
 
 from models.errors import InputError
 from training.data.audio_files import AudioFile
-from training.data.track import AUDIO_CHANNELS, STEMS, CorruptAudioError, check_range
+from training.data.track import AUDIO_CHANNELS, STEMS, CorruptAudioError, Expected, check_range
 
 SUFFIX = ".stem.mp4"
 # Stream numbers of a MUSDB18 file (musdb 0.4, configs/mus.yaml).
@@ -37,7 +37,7 @@ class StemFileTrack:
     sample_rate: int
     frames: int
     container: AudioFile
-    stems: tuple[str, ...] = STEMS
+    stems: tuple[str, ...]
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -48,12 +48,14 @@ class StemFileTrack:
         return False
 
     def file(self, stem: str) -> AudioFile | None:
-        """See `Track.file`: the same for every stem."""
-        return self.container
+        """See `Track.file`: the same for every stem it has."""
+        return self.container if stem in _STREAMS else None
 
     def read(self, stem: str, start: int = 0, frames: int | None = None) -> np.ndarray:
         """See `Track.read`: float32 [c, t]."""
         count = check_range(self, start, frames)
+        if stem not in _STREAMS:
+            return np.zeros((AUDIO_CHANNELS, count), dtype=np.float32)
         if not self.path.is_file():
             raise CorruptAudioError(f"{self.path} has disappeared", self.path)
         audio = _probe(self.path).load_audio(
@@ -74,13 +76,20 @@ class StemFileTrack:
         return np.ascontiguousarray(padded.T)
 
 
-def open_stem_file(root: Path, path: Path, sample_rate: int | None) -> StemFileTrack:
+def open_stem_file(root: Path, path: Path, expected: Expected) -> StemFileTrack:
     """Open a track of the data root `root` by its container's header.
 
     Raises:
-        InputError: ffmpeg is missing, or the file is not five stereo streams at `sample_rate`
-            (None for any).
+        InputError: ffmpeg is missing, the file is not five stereo streams at the expected rate, or
+            none of them is an expected stem.
     """
+    missing = [stem for stem in expected.stems if stem not in STEMS]
+    allowed = len(expected.stems) - 1 if expected.missing_stems == "silence" else 0
+    if len(missing) > allowed:
+        raise InputError(
+            f"{path} has no stem '{missing[0]}', only {', '.join(STEMS)}: change data.stems, or"
+            " where it has some of them set data.missing_stems=silence"
+        )
     multitrack = _probe(path)
     info = multitrack.info
     streams = info.nb_audio_streams
@@ -90,9 +99,9 @@ def open_stem_file(root: Path, path: Path, sample_rate: int | None) -> StemFileT
             f" {len(_STREAMS)} stereo ones ({', '.join(_STREAMS)}): restore the original file"
         )
     rate = int(multitrack.rate)
-    if sample_rate not in (None, rate):
+    if expected.sample_rate not in (None, rate):
         raise InputError(
-            f"{path} has {rate} Hz, expected {sample_rate}: resample the data set ahead"
+            f"{path} has {rate} Hz, expected {expected.sample_rate}: resample the data set ahead"
             " (python -m training.data.prepare ROOT)"
         )
     name = path.name.removesuffix(SUFFIX)
@@ -100,7 +109,7 @@ def open_stem_file(root: Path, path: Path, sample_rate: int | None) -> StemFileT
     status = path.stat()
     stamp = (status.st_size, status.st_mtime_ns)
     container = AudioFile(str(path), *stamp, frames, rate, AUDIO_CHANNELS, "AAC")
-    return StemFileTrack(name, root, path, rate, frames, container)
+    return StemFileTrack(name, root, path, rate, frames, container, expected.stems)
 
 
 def require_ffmpeg() -> None:

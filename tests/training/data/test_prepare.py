@@ -89,6 +89,18 @@ def test_copies_of_everything_read_alike(root: Path, form: str) -> None:
             open_dataset(root, "test")
 
 
+def test_a_copy_of_fewer_stems_stands_for_none_of_the_others(root: Path) -> None:
+    few = ("--stems", "vocals", "drums", "--all")
+    assert main([str(root), *SECOND, *few]) == 0
+    before = copies(root)
+    track = open_dataset(root, "test", stems=STEMS, missing_stems="silence")[0]
+    assert track.read("bass").any()
+    assert main([str(root), *SECOND, "--all"]) == 0
+    assert main([str(root), *SECOND, *few]) == 0  # those of all stems serve
+    after = copies(root)
+    assert len(after) > len(before) and all(after[name] != before[name] for name in before)
+
+
 def test_a_changed_track_gets_a_new_copy(root: Path, caplog) -> None:
     main([str(root), *SECOND])
     path = root / "train" / "48.khz song" / "bass.wav"

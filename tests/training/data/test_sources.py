@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -289,6 +291,20 @@ def test_missing_stems_are_silence_where_asked(root: Path) -> None:
     assert (len(index.windows["bass"]), len(index.windows["drums"])) == (0, 3)
 
 
+@pytest.mark.parametrize("where", ("train", "song 1"))
+def test_folder_that_cannot_be_read_is_named(root: Path, monkeypatch, where: str) -> None:
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == where:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(InputError, match=rf"{where} cannot be read \(Permission denied\)"):
+        open_dataset(root, "train")
+
+
 def test_folder_without_any_stem_tells_what_it_has(root: Path) -> None:
     folder = root / "train" / "song 0"
     for stem in STEMS:
@@ -377,6 +393,21 @@ def test_stem_file_reads_like_its_decoded_whole(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         track.read("vocals", 100_001, 33_333), reference[100_001:133_334].T
     )
+
+
+@needs_ffmpeg
+def test_stem_file_has_musdbs_stems_and_silence_for_others(tmp_path: Path) -> None:
+    stempeg = pytest.importorskip("stempeg")
+    (tmp_path / "test").mkdir()
+    shutil.copy(stempeg.example_stem_path(), tmp_path / "test")
+    stems = ("vocals", "piano")
+    with pytest.raises(InputError, match=r"mp4 has no stem 'piano', only vocals.*missing_stems"):
+        open_dataset(tmp_path, "test", stems=stems)
+    with pytest.raises(InputError, match="no stem 'piano'"):
+        open_dataset(tmp_path, "test", stems=("piano",), missing_stems="silence")
+    (track,) = open_dataset(tmp_path, "test", stems=stems, missing_stems="silence")
+    assert track.file("piano") is None and not track.read("piano", 5, 100).any()
+    assert track.stems == stems and track.read("vocals", 50_000, 9000).any()
 
 
 @needs_ffmpeg
