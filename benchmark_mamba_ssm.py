@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +27,7 @@ from benchmarks.cases import PEER, Case, Setting
 from benchmarks.report import Cell, environment, markdown_table, save
 from benchmarks.timing import free_memory, measure, told
 from models import BSMamba2Config, InputError
-from models.dispatch import kernel_errors
+from models.dispatch import ENVIRONMENT_VARIABLE, kernel_errors
 from models.errors import run_command
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -191,8 +192,11 @@ def make_setting(args: argparse.Namespace) -> Setting:
     """Device, type and sizes.
 
     Raises:
-        InputError: the device is not here, or a number is impossible.
+        InputError: the device is not here, a number is impossible, or the environment names the
+            one scan that would run in every row.
     """
+    if os.environ.get(ENVIRONMENT_VARIABLE):
+        raise InputError(f"{ENVIRONMENT_VARIABLE} is set and would run in every row: unset it")
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -172,7 +172,8 @@ def unavailable(setting: Setting, backend: str) -> str | None:
     """Why an implementation that was asked for by name cannot run here; None where it can."""
     probe = torch.empty(0, device=setting.device, dtype=setting.dtype)
     if backend in (PEER, "causal_conv1d"):
-        there = has_peer(setting) if backend == PEER else mamba2.CAUSAL_CONV1D_AVAILABLE
+        built = mamba2.CAUSAL_CONV1D_AVAILABLE and setting.device.type == "cuda"
+        there = has_peer(setting) if backend == PEER else built
         return None if there else "it needs mamba-ssm and causal-conv1d on a CUDA device"
     if backend == GRAPH and setting.device.type != "cuda":
         return "CUDA graphs need a CUDA device"

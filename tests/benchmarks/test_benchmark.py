@@ -13,7 +13,7 @@ import benchmark_mamba_ssm
 from benchmarks import training_step
 from benchmarks.report import markdown_table, show
 from benchmarks.timing import measure
-from models import InputError
+from models import InputError, mamba2
 
 CPU = torch.device("cpu")
 
@@ -76,11 +76,13 @@ def test_inputs_that_do_not_fit_are_a_cell_and_other_failures_too(capsys):
         (["--backends", "fast"], "--backends fast: unknown; choose among triton, ssd"),
         (["--backends", "ssd", "--training"], "--backends ssd: mamba-ssm is not installed"),
         (["--backends", "peer"], "--backends peer .*: it needs mamba-ssm"),
+        (["--backends", "causal_conv1d"], "causal_conv1d: it needs mamba-ssm and causal-conv1d on"),
         (["--seconds", "nan"], "must be positive numbers"),
         (["--device", "meta"], "--device meta: use cpu or cuda"),
     ],
 )
-def test_what_cannot_run_is_named(arguments, message):
+def test_what_cannot_run_is_named(arguments, message, monkeypatch):
+    monkeypatch.setattr(mamba2, "CAUSAL_CONV1D_AVAILABLE", True)  # which has no CPU form
     with pytest.raises(InputError, match=message):
         benchmark_mamba_ssm.main(["--device", "cpu", *arguments])
 
@@ -138,6 +140,12 @@ def test_bad_arguments_are_named(arguments, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=message):
         benchmark_mamba_ssm.main(arguments)
+
+
+def test_an_override_of_every_backend_is_refused(monkeypatch):
+    monkeypatch.setenv("BSMAMBA2_SCAN", "chunked")
+    with pytest.raises(InputError, match="BSMAMBA2_SCAN is set"):
+        benchmark_mamba_ssm.main(["--device", "cpu"])
 
 
 def test_tables_show_three_digits_and_dashes():
