@@ -5,7 +5,7 @@ waveform -> STFT -> 62 bands -> (time block, band block) x depth -> complex mask
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -239,13 +239,17 @@ class BSMamba2(nn.Module):
                 f"not {list(spec.shape)}"
             )
         features = torch.view_as_real(spec.permute(0, 3, 2, 1)).flatten(2)  # b t fc2
+        stems = [self._apply_mask(mask, spec) for mask in self.masks(features)]
+        return torch.stack(stems, dim=1)  # b n c f t
+
+    def masks(self, features: Tensor) -> Iterator[Tensor]:
+        """Features of the mixture `[b, t, f c 2]` -> a complex mask of every stem, of that form."""
         x = self.band_split(features)  # b t k d
         for pair in self.layers:
             for block, axis in zip(pair.children(), (TIME_AXIS, BAND_AXIS), strict=True):
                 x = self._run(block, x, axis)
         x = self.final_norm(x)
-        stems = [self._apply_mask(estimator(x), spec) for estimator in self.mask_estimators]
-        return torch.stack(stems, dim=1)  # b n c f t
+        return (estimator(x) for estimator in self.mask_estimators)
 
     def _run(self, block: nn.Module, x: Tensor, axis: int) -> Tensor:
         if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():

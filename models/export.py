@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.bsmamba2 import BAND_AXIS, TIME_AXIS, BSMamba2
+from models.bsmamba2 import BSMamba2
 from models.errors import InputError, log_level
 from models.files import whole_file
 from models.scan import chunked
@@ -40,13 +40,8 @@ class RealSpectrogramNetwork(nn.Module):
 
     def forward(self, spec: Tensor) -> Tensor:
         """`[b, c, f, t, 2]` -> `[b, n, c, f, t, 2]`"""
-        model = self.model
-        x = model.band_split(spec.permute(0, 3, 2, 1, 4).flatten(2))  # b t k d
-        for pair in model.layers:
-            for block, axis in zip(pair.children(), (TIME_AXIS, BAND_AXIS), strict=True):
-                x = block(x, axis)
-        x = model.final_norm(x)
-        stems = [self._product(estimator(x), spec) for estimator in model.mask_estimators]
+        features = spec.permute(0, 3, 2, 1, 4).flatten(2)  # b t fc2
+        stems = [self._product(mask, spec) for mask in self.model.masks(features)]
         return torch.stack(stems, dim=1)
 
     def _product(self, mask: Tensor, spec: Tensor) -> Tensor:
