@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     facts["command"] = "python benchmark_distributed.py " + " ".join(argv or sys.argv[1:])
     print("\n".join(f"{name}: {value}" for name, value in facts.items()), end="\n\n")
     results: dict[str, Any] = {"environment": facts}
+    save(args.json, results)  # a file that cannot be written is told of before minutes of work
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         synthetic.main([str(folder / "data"), "--tracks", "12", "--seconds", "30"])

@@ -236,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     def note(latest: list[dict[str, Any]]) -> None:
         save(args.json, {"environment": facts, "rows": rows + latest})
 
+    note([])  # a file that cannot be written is told of before minutes of work
     columns: Sequence[str] = COLUMNS
     if args.training:
         columns = training_step.COLUMNS

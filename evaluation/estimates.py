@@ -143,13 +143,21 @@ class FolderSource:
 
 
 def find_estimate(root: Path, subset: str, track: str, stem: str) -> Path | None:
-    """The file of a stem in a folder of estimates, None if there is none."""
-    for folder in (root, root / subset):
-        for name in (f"{track}/{stem}", f"{track}/{MIXTURE}/{stem}", f"{track}_{stem}"):
-            for suffix in SUFFIXES:
-                if (path := folder / f"{name}{suffix}").is_file():
-                    return path
-    return None
+    """The file of a stem in a folder of estimates, None if there is none.
+
+    Raises InputError if there are several.
+    """
+    names = (f"{track}/{stem}", f"{track}/{MIXTURE}/{stem}", f"{track}_{stem}")
+    places = (
+        folder / f"{name}{suffix}"
+        for folder in (root, root / subset)
+        for name in names
+        for suffix in SUFFIXES
+    )
+    found = [path for path in places if path.is_file()]
+    if len(found) > 1:
+        raise InputError(f"{found[0]} and {found[1]}: both may be the estimate; remove one")
+    return found[0] if found else None
 
 
 def open_folder_source(

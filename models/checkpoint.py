@@ -74,15 +74,15 @@ def save_checkpoint(
         content = {"format": FORMAT, "version": VERSION, "config": asdict(config)}
         save_pickled(path, content | {"state_dict": tensors, "training": training or {}})
         return
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    metadata = {"format": FORMAT, "config": json.dumps(asdict(config))}
+    # Its own writing leaves files that others may not read, and hides why it fails.
+    content_bytes = save(tensors, {"format": FORMAT, "config": json.dumps(asdict(config))})
     with whole_file(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:
-            if "I/O error" not in str(error):
+            temporary.write_bytes(content_bytes)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
                 raise
             raise _disk_is_full(path) from error
 

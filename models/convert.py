@@ -19,6 +19,8 @@ from models.files import write_text
 from models.msst import to_msst
 from models.official import to_official
 
+MAX_SECONDS = 3600  # of an exported chunk
+
 # Kind -> the suffix that names it where --to is not given.
 KINDS = {"safetensors": ".safetensors", "official": ".ckpt", "msst": ".pth", "onnx": ".onnx"}
 
@@ -40,7 +42,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     export.add_argument("--msst-yaml", type=Path, help="MSST's configuration of the source")
     export.add_argument("--ema", action="store_true", help="averaged weights of an official file")
-    export.add_argument("--stem-names", metavar="A,B", help="names of its stems, if it has none")
+    export.add_argument("--stem-names", metavar="A,B", help="name, or rename, its stems")
     export.add_argument("--license", metavar="ID", help="for the model card, as mit")
     export.add_argument(
         "--seconds", type=float, default=8.0, help="chunk of an ONNX file (default: 8)"
@@ -116,9 +118,9 @@ def _write_onnx(found: Checkpoint, arguments: argparse.Namespace) -> None:
     from models.export import export_onnx
 
     config = found.config
+    if not 1 / config.sample_rate <= arguments.seconds <= MAX_SECONDS:
+        raise InputError(f"--seconds {arguments.seconds}: must be above 0, at most {MAX_SECONDS}")
     samples = round(arguments.seconds * config.sample_rate)
-    if samples < 1:
-        raise InputError(f"--seconds {arguments.seconds}: must be above 0")
     frames = samples // config.hop_length + 1
     error = export_onnx(build_model(found, str(arguments.source)), arguments.target, frames)
     print(f"{arguments.target}: {frames} frames, differs from PyTorch by {error:.1e}")

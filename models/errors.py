@@ -8,9 +8,11 @@ import select
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
+
+from models.files import MENDABLE
 
 
 class InputError(ValueError):
@@ -49,7 +51,8 @@ def run_command(main: Callable[[], int | None]) -> None:
 
     A reader of standard output that has gone (`| head`) ends it quietly, with 141 as in a shell,
     where the command itself does not say more.
-    Any other exception is a fault of ours and keeps its traceback.
+    So is a file that the system refuses, which nobody told of better. Any other exception is a
+    fault of ours and keeps its traceback.
     """
     # Strong decays make denormals, which slow a step on the CPU tenfold.
     torch.set_flush_denormal(True)
@@ -60,16 +63,29 @@ def run_command(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         if not _standard_output_is_closed():
             raise  # of another pipe: a fault like any other
-        # What is left in the buffer goes nowhere, instead of failing again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_standard_output()
         sys.exit(128 + 13)  # SIGPIPE
     except InputError as error:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        if error.filename is None:  # it may be standard output, which would fail again at exit
+            _discard_standard_output()
+        what = f"{error.filename}: " if error.filename is not None else ""
+        print(f"error: {what}{error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _discard_standard_output() -> None:
+    """What is left in the buffer goes nowhere, instead of failing again at exit."""
+    with suppress(OSError):  # where it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _standard_output_is_closed() -> bool:

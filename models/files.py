@@ -14,6 +14,11 @@ from pathlib import Path
 _PARTS = ".*.partial*"  # names of files and folders that are being written
 # What a write raises where there is no room for it: on the disk, by quota, by the file's limit.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a person can mend where a file cannot be written.
+UNWRITABLE = (*NO_ROOM, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+_NAMES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+# The same of any file.
+MENDABLE = (*UNWRITABLE, *_NAMES)
 
 
 @contextmanager

@@ -70,7 +70,9 @@ def find_songs(inputs: Sequence[str], output: Path) -> tuple[list[Song], list[Pr
     """Files as they are given, folders recursively in alphabetical order -> (songs, problems).
 
     Hidden files, other suffixes than AUDIO_SUFFIXES and what lies in `output` are left out of
-    folders. Problems: a folder without songs, a file that is not there.
+    folders. Problems: a folder without songs or that cannot be read, a file that is not there.
+
+    Raises InputError if `output` is one of the folders.
     """
     songs: list[Song] = []
     problems: list[Problem] = []
@@ -79,33 +81,41 @@ def find_songs(inputs: Sequence[str], output: Path) -> tuple[list[Song], list[Pr
         if given == STANDARD_INPUT or path.is_file():
             songs.append(Song(given))
         elif path.is_dir():
-            found = _songs_of(path, output.resolve())
+            found, unreadable = _songs_of(path, output.resolve())
             songs += found
-            if not found:
+            problems += [Problem((given,), text) for text in unreadable]
+            if not found and not unreadable:
                 problems.append(Problem((given,), f"{path}: no audio files in this folder"))
+        elif path.exists():
+            problems.append(Problem((given,), f"{path}: no file; give it to standard input as -"))
         else:
             problems.append(Problem((given,), f"{path}: no such file or folder"))
     return list(dict.fromkeys(songs)), problems
 
 
-def _songs_of(folder: Path, output: Path) -> list[Song]:
-    songs = []
-    is_own = output == folder.resolve()
-    for root, folders, files in os.walk(folder):
+def _songs_of(folder: Path, output: Path) -> tuple[list[Song], list[str]]:
+    """The songs of a folder, and what of it cannot be read."""
+    if output == folder.resolve():
+        raise InputError(
+            f"--output {folder}: is a folder of songs, and the stems would be the next time;"
+            " choose another"
+        )
+    songs: list[Song] = []
+    failures: list[OSError] = []
+    for root, folders, files in os.walk(folder, onerror=failures.append):
         here = Path(root)
         folders[:] = sorted(
-            name
-            for name in folders
-            if not is_hidden(name) and (is_own or (here / name).resolve() != output)
+            name for name in folders if not is_hidden(name) and (here / name).resolve() != output
         )
         for name in sorted(files):
             if not is_hidden(name) and Path(name).suffix.lower() in AUDIO_SUFFIXES:
                 songs.append(Song(str(here / name), here.relative_to(folder)))
-    return songs
+    return songs, [f"{error.filename}: cannot be read ({error.strerror})" for error in failures]
 
 
-def check_template(template: str) -> None:
-    """Raise InputError if a template has fields that are not TEMPLATE_FIELDS, or leaves its folder.
+def check_template(template: str, extension: str) -> None:
+    """Raise InputError if a template has fields that are not TEMPLATE_FIELDS, leaves its folder,
+    or does not end in the extension of what is written.
 
     Without {stem} the stems would overwrite each other.
     """
@@ -121,6 +131,12 @@ def check_template(template: str) -> None:
     if "stem" not in used:
         raise InputError(f"--name {template!r}: needs {{stem}}, which tells the files apart")
     _require_inside(Path(template), f"--name {template!r}")
+    example = template.format(track="track", stem="stem", ext=extension, suffix="suffix")
+    if Path(example).suffix.lower() != f".{extension}":
+        raise InputError(
+            f"--name {template!r}: the files will be {extension}; end it in .{{ext}}, or choose"
+            " another --format"
+        )
 
 
 def plan_jobs(

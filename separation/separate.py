@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     shard = Shard.from_environment()
-    check_template(arguments.name)
+    check_template(arguments.name, FORMATS[arguments.format].extension)
     to_standard_output = arguments.output == STANDARD_INPUT
     if not to_standard_output and not arguments.dry_run:
         require_writable(Path(arguments.output))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from separation.streaming import SongSeparation, choose_stems
 PROTOCOLS = ("ours", "paper")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16")
+MAX_CHUNK_SECONDS = 3600
 AUTO_BATCH = {"cuda": 8}  # chunks at once; elsewhere one: more are no faster on a CPU
 
 
@@ -74,8 +74,11 @@ class Separator:
             raise InputError(f"protocol {self.protocol!r}: expected one of {', '.join(PROTOCOLS)}")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
-        if not 0 < self.chunk_seconds < math.inf:
-            raise InputError(f"chunk of {self.chunk_seconds} s: must be above 0 (8 is usual)")
+        if not 0 < self.chunk_seconds <= MAX_CHUNK_SECONDS:
+            raise InputError(
+                f"chunk of {self.chunk_seconds} s: must be above 0 and at most"
+                f" {MAX_CHUNK_SECONDS} (8 is usual)"
+            )
         if self.batch_size < 1:
             raise InputError(f"batch size {self.batch_size}: must be at least 1")
         hop_frames(self.chunk_frames, self.overlap)

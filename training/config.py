@@ -118,6 +118,11 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:
+        if len(self.stems) < 2:
+            raise InputError(
+                "stems: name all stems that sum to the mixture, two at least;"
+                " model.stem_names chooses those to learn"
+            )
         if self.gain_min > self.gain_max:
             raise InputError(f"gain_min {self.gain_min} should not exceed gain_max {self.gain_max}")
         return self
@@ -352,6 +357,9 @@ def _explain(detail: ErrorDetails) -> str:
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         close = difflib.get_close_matches(key, list(_known_keys()), n=1)
         return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
+    if kind == "missing" and isinstance(detail["loc"][-1], int):
+        key = ".".join(str(part) for part in detail["loc"][:-1])
+        return f"{key}: more values are needed, got {json.dumps(value, default=str)}"
     if kind == "missing":
         if "." not in key:
             key += ".dir" if key == "run" else ".root"

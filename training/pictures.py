@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"{args.estimate}: the three files must have one sample rate, not {rates}")
     figure = spectrogram_triptych(waves[0], waves[1], waves[2], rates[0])
     with whole_file(args.picture) as temporary:
-        figure.savefig(temporary)
+        figure.savefig(temporary, format="png")
     return 0
 
 

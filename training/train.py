@@ -22,7 +22,6 @@ everything and tells whether it fits.
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,7 +29,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from models.errors import InputError, is_of_dead_worker, is_out_of_memory, run_command
-from models.files import NO_ROOM, write_text
+from models.files import UNWRITABLE, write_text
 from training.config import Config, dump_config, load_config
 from training.distributed import World, joined_world, lost_a_rank
 from training.loaders import worker_death
@@ -41,8 +40,6 @@ from training.trainer import Trainer
 from training.writer import unwritable
 
 logger = logging.getLogger(__name__)
-
-UNWRITABLE = (*NO_ROOM, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return train(config, args, world)
         except OSError as error:
-            if error.errno not in UNWRITABLE:
+            if error.errno not in UNWRITABLE or not _is_of_run(error, config.run.dir):
                 raise
             raise unwritable(error, config.run.dir) from error
         except RuntimeError as error:
@@ -92,6 +89,12 @@ def main(argv: list[str] | None = None) -> int:
                 f"rank {world.rank} stops, since another one is gone ({error}): see what that one"
                 " said last, then go on with --resume auto"
             ) from error
+
+
+def _is_of_run(error: OSError, folder: Path) -> bool:
+    """Whether the file is one of the run's: an open file has no name in the error."""
+    name = error.filename
+    return name is None or Path(name).absolute().is_relative_to(folder.absolute())
 
 
 def train(config: Config, args: argparse.Namespace, world: World) -> int:

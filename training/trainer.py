@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
@@ -311,6 +312,12 @@ class Trainer:
                 )
         if self.settings.schedule == "plateau":
             self.plateau.note(result.mean_usdr)
+        if not math.isfinite(result.mean_usdr):
+            logger.warning(
+                "step %d: the averaged weights give estimates that are not finite, and best.pt"
+                " stays as it was: lower training.learning_rate",
+                self.step,
+            )
         if result.mean_usdr > self.position.best_usdr:
             self.position.best_usdr = result.mean_usdr
             self._save_best()

@@ -75,6 +75,15 @@ def test_layout_of_flat_file_names(dataset: Path, estimates: Path) -> None:
     assert source.inputs(tracks[1]) == [estimates / "second song_vocals.wav"]
 
 
+def test_two_files_for_one_estimate_are_named(dataset: Path, estimates: Path) -> None:
+    old = estimates / "first song" / "vocals.wav"
+    new = estimates / "first song_vocals.flac"
+    new.write_bytes(old.read_bytes())
+    tracks = open_dataset(dataset, "test")
+    with pytest.raises(InputError, match=f"{old} and {new}: both may be the estimate"):
+        open_folder_source(estimates, "test", tracks)
+
+
 def test_processes_give_the_scores_of_one(dataset: Path, estimates: Path) -> None:
     tracks = open_dataset(dataset, "test")
     source = open_folder_source(estimates, "test", tracks)

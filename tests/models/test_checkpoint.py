@@ -41,6 +41,13 @@ def test_half_precision_weights_run_in_float32(name, tmp_path):
     assert loaded(torch.randn(1, 2, 3000)).isfinite().all()
 
 
+@pytest.mark.parametrize("name", ("last.pt", "weights.safetensors"))
+def test_others_may_read_weights(name, tmp_path):
+    save_checkpoint(tmp_path / name, TINY, BSMamba2(TINY).state_dict())
+    (tmp_path / "plain").touch()
+    assert (tmp_path / name).stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_training_state_is_kept(tmp_path):
     state = {"step": 3, "rng": torch.get_rng_state(), "optimizer": {"state": {0: {"a": 1.5}}}}
     save_checkpoint(tmp_path / "last.pt", TINY, BSMamba2(TINY).state_dict(), state)

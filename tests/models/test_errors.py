@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +40,31 @@ def test_another_broken_pipe_is_a_fault_with_its_traceback() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1 and "BrokenPipeError" in done.stderr
+
+
+@pytest.mark.parametrize("number", (errno.EACCES, errno.ENOSPC, errno.ENOENT))
+def test_a_file_that_the_system_refuses_is_one_line(
+    number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> int:
+        raise OSError(number, os.strerror(number), "some/file")
+
+    with pytest.raises(SystemExit, match="2"):
+        run_command(main)
+    assert capsys.readouterr().err == f"error: some/file: {os.strerror(number)}\n"
+
+
+def test_a_full_standard_output_is_one_line() -> None:
+    program = "from models.errors import run_command; run_command(lambda: print('x' * 10**6) or 0)"
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
+def test_a_connection_that_fails_is_a_fault_of_ours() -> None:
+    def main() -> int:
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+    with pytest.raises(ConnectionResetError):
+        run_command(main)

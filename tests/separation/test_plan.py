@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,27 @@ def test_a_folder_does_not_take_its_own_output(library: Path) -> None:
     assert [song.track for song in songs] == ["a", "b"]
 
 
+def test_stems_do_not_go_among_the_songs(library: Path) -> None:
+    with pytest.raises(InputError, match="--output .*music: is a folder of songs"):
+        find_songs([str(library / "music")], library / "empty" / ".." / "music")
+
+
+def test_folders_that_cannot_be_read_are_named(library: Path, monkeypatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "live":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    songs, problems = find_songs([str(library / "music")], library / "out")
+    assert [song.track for song in songs] == ["a", "b"]
+    assert [problem.text for problem in problems] == [
+        f"{library / 'music' / 'live'}: cannot be read (Permission denied)"
+    ]
+
+
 def test_files_are_taken_as_named_and_once(library: Path) -> None:
     cover = str(library / "music/cover.jpg")
     songs, problems = find_songs([cover, "-", cover], library)
@@ -105,6 +128,9 @@ def test_a_track_whose_name_leaves_the_folder() -> None:
         ("../{stem}.{ext}", "leave the output folder"),
         ("/tmp/{stem}.{ext}", "leave the output folder"),
         ("{track}/../../{stem}", "leave the output folder"),
+        ("{track}_{stem}.mp3", "the files will be wav"),
+        ("{track}_{stem}", "the files will be wav"),
+        ("{track}_{stem}.{suffix}", "the files will be wav"),
         ("{track}.{ext}", "needs {stem}"),
         ("{artist}/{stem}.{ext}", "nothing else in braces"),
         ("{stem.__class__}", "nothing else in braces"),
@@ -115,7 +141,7 @@ def test_a_track_whose_name_leaves_the_folder() -> None:
 )
 def test_templates_that_are_refused(template: str, message: str) -> None:
     with pytest.raises(InputError, match=r"--name") as caught:
-        check_template(template)
+        check_template(template, "wav")
     assert message in str(caught.value)
 
 

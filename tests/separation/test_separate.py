@@ -123,6 +123,7 @@ def test_separator_is_reused_and_options_reach_it(checkpoint, song) -> None:
         ({"overlap": 1.5}, "overlap 1.5"),
         ({"chunk_seconds": 0}, "chunk of 0"),
         ({"chunk_seconds": float("inf")}, "chunk of inf"),
+        ({"chunk_seconds": 1e9}, "at most 3600"),
         ({"batch_size": 0}, "batch size 0"),
         ({"protocol": "mine"}, "protocol 'mine'"),
         ({"dtype": "int8"}, "dtype 'int8'"),

@@ -107,6 +107,8 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         (["data.segment_seconds=0.02"], r"^data.segment_seconds: should be at least 0.046"),
         (["training.seed=18446744073709551616"], r"^training.seed: .*less than"),
         (["loss.windows=[2049]"], r"^loss.windows: FFT lengths should be even, got 2049$"),
+        (["data.stems=[vocals]"], r"^data.?.?stems: name all stems that sum to the mixture"),
+        (["training.betas=[0.9]"], r"^training.betas: more values are needed, got \[0.9\]"),
         (["model.audio_channels=1"], r"^model.audio_channels: data are .* 2 is needed, got 1"),
         (["model.stem_names=[piano]"], r"^model.stem_names: 'piano' is not in data.stems"),
         (["model.dim=-4"], r"^model.*dim"),

@@ -93,6 +93,7 @@ def test_too_many_in_a_row_stop_with_the_tensor_and_the_batch(
     [
         ("final_norm.gamma", "the weight final_norm.gamma"),
         ("a module", "the output of layers.0.1"),
+        ("the loss", "the norm of the gradient"),
     ],
 )
 def test_the_first_bad_tensor_is_named(
@@ -103,6 +104,8 @@ def test_the_first_bad_tensor_is_named(
         block = trainer.model.layers[0][1]
         forward = block.forward
         monkeypatch.setattr(block, "forward", lambda *args: forward(*args) * math.inf)
+    elif name == "the loss":
+        trainer.loss.time_weight = 1e25  # each gradient is finite, their squares are not
     else:
         with torch.no_grad():
             trainer.model.get_parameter(name)[0] = math.nan

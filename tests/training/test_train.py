@@ -406,6 +406,25 @@ def test_profile_writes_a_trace(
     assert any("AdamW" in str(name) for name in names)
 
 
+def test_a_validation_that_is_not_finite_is_told(
+    tiny_config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train(tiny_config, "training.learning_rate=1e30", "training.max_steps=2") == 0
+    assert "step 2: the averaged weights give estimates that are not finite" in caplog.text
+    assert not (tmp_path / "run" / "checkpoints" / "best.pt").exists()
+
+
+def test_a_refused_file_of_the_data_is_not_one_of_the_run(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Trainer, batches: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", "/data/vocals.wav")
+
+    monkeypatch.setattr(Trainer, "train_step", refuse)
+    with pytest.raises(PermissionError, match="/data/vocals.wav"):
+        train(tiny_config)
+
+
 def test_learning_rate_falls_on_a_plateau(tiny_config: Path, tmp_path: Path) -> None:
     words = [
         "training.schedule=plateau",

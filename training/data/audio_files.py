@@ -98,8 +98,9 @@ def read_frames(file: AudioFile, start: int, frames: int) -> np.ndarray:
     else:
         audio[:] = raw.T
         if file.subtype in _FLOAT_SUBTYPES and not np.isfinite(audio).all():
+            first = start + int(np.argmin(np.isfinite(audio).all(axis=0)))
             raise CorruptAudioError(
-                f"{file.path} has NaN or infinite samples from {start} on", Path(file.path)
+                f"{file.path} has NaN or infinite samples from {first} on", Path(file.path)
             )
     return audio
 

@@ -34,7 +34,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from models.errors import InputError, log_level, run_command
-from models.files import write_text
+from models.files import try_writing, write_text
 from models.provenance import processor_name, provenance
 from training.config import Config, parse_config
 from training.data.activity import build_activity_index
@@ -314,6 +314,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     torch.set_num_threads(1)
     about = machine()
+    if args.json:
+        try_writing(args.json.absolute().parent)
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     with (
         tempfile.TemporaryDirectory(dir=args.folder, prefix="data_benchmark_") as temporary,

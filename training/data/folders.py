@@ -129,8 +129,8 @@ def _check_missing(folder: Path, entries: dict[str, os.DirEntry[str]], expected:
         )
     if missing:
         raise InputError(
-            f"{folder / missing[0]}.wav is missing: add it, or where that stem is silent set"
-            " data.missing_stems=silence"
+            f"{folder / missing[0]}.wav is missing: add it (training takes silence for it with"
+            " data.missing_stems=silence)"
         )
 
 
@@ -144,6 +144,6 @@ def _open(entry: os.DirEntry[str], rate: int | None, headers: HeaderCache) -> Au
     if rate is not None and file.sample_rate != rate:
         raise InputError(
             f"{entry.path} has {file.sample_rate} Hz, expected {rate}: resample the data set ahead"
-            " (python -m training.data.prepare ROOT)"
+            f" (python -m training.data.prepare ROOT --sample-rate {rate})"
         )
     return file

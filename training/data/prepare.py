@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -180,7 +181,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--all", action="store_true", help="copy every track, not as needed")
     args = parser.parse_args(argv)
-    if args.segment_seconds <= 0 or args.sample_rate <= 0:
+    if not (0 < args.segment_seconds < math.inf and args.sample_rate > 0):
         parser.error("--segment-seconds and --sample-rate must be above 0")
     return args
 

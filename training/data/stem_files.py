@@ -102,7 +102,7 @@ def open_stem_file(root: Path, path: Path, expected: Expected) -> StemFileTrack:
     if expected.sample_rate not in (None, rate):
         raise InputError(
             f"{path} has {rate} Hz, expected {expected.sample_rate}: resample the data set ahead"
-            " (python -m training.data.prepare ROOT)"
+            f" (python -m training.data.prepare ROOT --sample-rate {expected.sample_rate})"
         )
     name = path.name.removesuffix(SUFFIX)
     frames = min(info.nb_samples_streams)

@@ -277,6 +277,15 @@ def test_damaged_flac_is_an_error_not_silence(root: Path, damage: str) -> None:
     np.testing.assert_array_equal(track.read("drums", 0, 5000), expected)
 
 
+def test_the_first_sample_that_is_not_finite_is_named(root: Path) -> None:
+    samples = np.zeros((RATE, 2), np.float32)
+    samples[777:, 1] = np.nan
+    soundfile.write(root / "train" / "song 0" / "vocals.wav", samples, RATE, "FLOAT")
+    track = open_dataset(root, "train")[0]
+    with pytest.raises(CorruptAudioError, match="vocals.wav has NaN or infinite samples from 777"):
+        track.read("vocals", 500, 1000)
+
+
 def test_missing_stems_are_silence_where_asked(root: Path) -> None:
     (root / "train" / "song 0" / "bass.wav").unlink()
     (root / "train" / "song 0" / "mixture.wav").unlink()
