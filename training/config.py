@@ -90,6 +90,12 @@ class DataSection(Section):
     """Probability that a stem starts elsewhere than at its active window."""
     time_shift_seconds: PositiveFloat = 2.0
     """Furthest such shift either way, in seconds."""
+    speed_prob: Probability = 0.0
+    """Probability of another speed, of pitch and tempo together (0.01 s of a core for 8 s)."""
+    speed_min: Annotated[float, Field(ge=0.5, le=1)] = 0.9
+    """Slowest speed, as a factor."""
+    speed_max: Annotated[float, Field(ge=1, le=2)] = 1.1
+    """Fastest speed, as a factor."""
     pitch_prob: Probability = 0.0
     """Probability of another pitch (needs python-stretch; 0.15 s of a core for 8 s)."""
     pitch_semitones: PositiveFloat = 2.0

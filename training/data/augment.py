@@ -1,8 +1,8 @@
 """Changes to a stem on its way into a random mix, all off unless asked for.
 
 The field's usual ones, as Open-Unmix, Demucs and others have them: swapped channels, inverted
-polarity, several stems of one kind at once, a shifted start, another pitch, another tempo; and
-examples whose stems belong together.
+polarity, several stems of one kind at once, a shifted start, another speed, another pitch, another
+tempo; and examples whose stems belong together.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
+import soxr
 
 from models.errors import InputError
 
@@ -22,16 +23,19 @@ class Change:
     swaps_channels: bool = False
     inverts: bool = False
     shift: int = 0  # samples
+    speed: float = 1.0
     semitones: float = 0.0
     tempo: float = 1.0
 
     def place(self, start: int, segment_frames: int, track_frames: int) -> tuple[int, int]:
         """First sample and number of samples to read, within the track."""
-        frames = min(round(segment_frames * self.tempo), track_frames)
+        frames = min(round(segment_frames * self.speed * self.tempo), track_frames)
         return min(max(0, start + self.shift), track_frames - frames), frames
 
     def apply(self, audio: np.ndarray, segment_frames: int, sample_rate: int) -> np.ndarray:
         """The window `place` asked for, [c, t], as it goes into the mix: `segment_frames` long."""
+        if self.speed != 1:
+            audio = resample(audio, round(segment_frames * self.tempo))
         if self.semitones or audio.shape[-1] != segment_frames:
             audio = stretch(audio, segment_frames, self.semitones, sample_rate)
         if self.swaps_channels:
@@ -52,6 +56,9 @@ class Augmentation:
             on top; and with the same probability another one on top of that.
         time_shift_prob: the start moved by up to
         time_shift_seconds: either way, within the track.
+        speed_prob: played faster or slower, pitch and tempo together, by a factor between
+        speed_min: and
+        speed_max:
         pitch_prob: the pitch moved by up to
         pitch_semitones: either way.
         tempo_prob: the tempo multiplied by a factor between
@@ -70,6 +77,9 @@ class Augmentation:
     same_stem_prob: float = 0.0
     time_shift_prob: float = 0.0
     time_shift_seconds: float = 2.0
+    speed_prob: float = 0.0
+    speed_min: float = 0.9
+    speed_max: float = 1.1
     pitch_prob: float = 0.0
     pitch_semitones: float = 2.0
     tempo_prob: float = 0.0
@@ -89,16 +99,27 @@ class Augmentation:
         """Draw a change; always the same number of draws, so that settings do not move others."""
         swap, invert, shift, pitch, tempo = rng.random(5)
         by_shift, by_pitch, by_tempo = rng.random(3)
+        speed, by_speed = rng.random(2)
         reach = self.time_shift_seconds * sample_rate
         return Change(
             swaps_channels=bool(swap < self.channel_swap_prob),
             inverts=bool(invert < self.polarity_prob),
             shift=round((2 * by_shift - 1) * reach) if shift < self.time_shift_prob else 0,
+            speed=_between(self.speed_min, self.speed_max, by_speed)
+            if speed < self.speed_prob
+            else 1.0,
             semitones=(2 * by_pitch - 1) * self.pitch_semitones if pitch < self.pitch_prob else 0.0,
             tempo=_between(self.tempo_min, self.tempo_max, by_tempo)
             if tempo < self.tempo_prob
             else 1.0,
         )
+
+
+def resample(audio: np.ndarray, frames: int) -> np.ndarray:
+    """Bring audio [c, t] to `frames` samples, and its pitch with it."""
+    samples = np.ascontiguousarray(audio.T)  # t c
+    moved = soxr.resample(samples, len(samples), frames)[:frames]
+    return np.pad(moved.T, ((0, 0), (0, frames - len(moved))))
 
 
 def stretch(audio: np.ndarray, frames: int, semitones: float, sample_rate: int) -> np.ndarray:

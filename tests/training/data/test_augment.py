@@ -85,7 +85,13 @@ def test_shifted_windows_are_the_songs_own(tracks, index, places) -> None:
 
 def test_draws_are_within_their_ranges() -> None:
     settings = Augmentation(
-        time_shift_prob=1, time_shift_seconds=0.5, pitch_prob=0.5, tempo_prob=1, tempo_min=0.8
+        time_shift_prob=1,
+        time_shift_seconds=0.5,
+        pitch_prob=0.5,
+        tempo_prob=1,
+        tempo_min=0.8,
+        speed_prob=0.3,
+        speed_min=0.7,
     )
     rng = np.random.default_rng(0)
     changes = [settings.draw(rng, 1000) for _ in range(400)]
@@ -94,6 +100,9 @@ def test_draws_are_within_their_ranges() -> None:
     assert 0.8 <= min(tempos) < 0.82 < 1.08 < max(tempos) <= 1.1
     assert 150 < sum(c.semitones != 0 for c in changes) < 250
     assert max(abs(c.semitones) for c in changes) <= 2
+    speeds = [c.speed for c in changes if c.speed != 1]
+    assert 90 < len(speeds) < 150
+    assert 0.7 <= min(speeds) < 0.73 < 1.07 < max(speeds) <= 1.1
 
 
 def test_augmentation_that_begins_later(tracks, index) -> None:
@@ -114,6 +123,27 @@ def test_augmentation_that_begins_later(tracks, index) -> None:
 def peak_hz(audio: np.ndarray) -> float:
     spectrum = np.abs(np.fft.rfft(audio[0] * np.hanning(audio.shape[-1])))
     return float(np.argmax(spectrum)) * RATE / audio.shape[-1]
+
+
+def test_speed_moves_pitch_and_tempo_together() -> None:
+    tone = np.tile(np.sin(2 * np.pi * 440 * np.arange(2 * RATE) / RATE), (2, 1)).astype(np.float32)
+    for speed in (0.9, 1.1):
+        change = Change(speed=speed)
+        start, frames = change.place(100, RATE, 2 * RATE)
+        assert (start, frames) == (100, round(speed * RATE))
+        moved = change.apply(tone[:, start : start + frames], RATE, RATE)
+        assert moved.shape == (2, RATE) and moved.dtype == np.float32
+        assert peak_hz(moved) == pytest.approx(440 * speed, abs=1)
+        assert np.abs(moved[:, 2000:-2000]).max() == pytest.approx(1, abs=0.01)
+
+
+def test_speed_and_tempo_together_fill_the_segment() -> None:
+    pytest.importorskip("python_stretch")
+    change = Change(speed=1.1, tempo=0.9)
+    _, frames = change.place(0, SEGMENT, 10 * SEGMENT)
+    noise = np.random.default_rng(0).standard_normal((2, frames)).astype(np.float32)
+    moved = change.apply(noise, SEGMENT, RATE)
+    assert moved.shape == (2, SEGMENT) and np.abs(moved[:, -100:]).max() > 0.1
 
 
 def test_pitch_moves_and_tempo_does_not_move_it() -> None:
