@@ -241,3 +241,21 @@ def test_200_steps_of_training_follow_chunked(precision, tmp_path):
     logging.info("%s: from %.3g to %.3g, largest difference %.1e", precision, first, last, largest)
     assert last < 0.8 * first
     assert largest < 0.03
+
+
+def test_a_training_step_never_waits_for_the_gpu(tmp_path):
+    synthetic.main([str(tmp_path / "data"), "--tracks", "12", "--seconds", "10"])
+    config = load_config(CONFIGS / "demo.yaml", [
+        f"data.root={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}", "training.device=cuda",
+        "training.precision=bf16", "training.ema_share=0.3", "curriculum.target_gain=3",
+    ])  # fmt: skip
+    trainer = Trainer(config, RunFolder(config.run.dir), None)
+    batches = trainer.loaders.training(0)
+    for _ in range(3):  # compiles, tries backward passes
+        trainer.train_step(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.train_step(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
