@@ -10,6 +10,7 @@ Every run is `torchrun -m training.train` on a synthetic data set made for the p
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     counts = counts_of(args, device)
     facts = environment(torch.device(device), processes=" ".join(map(str, counts)))
-    facts["command"] = "python benchmark_distributed.py " + " ".join(argv or sys.argv[1:])
+    facts["command"] = "python benchmark_distributed.py " + shlex.join(argv or sys.argv[1:])
     print("\n".join(f"{name}: {value}" for name, value in facts.items()), end="\n\n")
     results: dict[str, Any] = {"environment": facts}
     save(args.json, results)  # a file that cannot be written is told of before minutes of work

@@ -29,8 +29,8 @@ from benchmarks.timing import free_memory, measure, told
 from models import BSMamba2Config, InputError
 from models.dispatch import ENVIRONMENT_VARIABLE, kernel_errors
 from models.errors import run_command
+from training.setup import AUTOCAST_TYPES
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COLUMNS = (
     "seconds", "what", "backend", "pass", "median ms", "warm-up s", "peak GiB", "frames/s",
     "speed-up", "error",
@@ -176,7 +176,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog=f"frames/s: {FRAMES}.",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--dtype", choices=AUTOCAST_TYPES, help="default: bf16 on CUDA, else fp32")
     parser.add_argument("--seconds", type=float, nargs="+", help="clip lengths; default 1 4 8")
     parser.add_argument("--batch", type=int, help="clips at once; default 1, training 5")
     parser.add_argument("--size", choices=SIZES, help="default: paper on a GPU, small on a CPU")
@@ -211,7 +211,7 @@ def make_setting(args: argparse.Namespace) -> Setting:
     numbers = [*(args.seconds or []), *([] if args.batch is None else [args.batch])]
     if not all(0 < number < math.inf for number in numbers):
         raise InputError("--seconds and --batch must be positive numbers")
-    dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    dtype = AUTOCAST_TYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     config = SIZES[args.size or ("paper" if device.type == "cuda" else "small")]
     backends = tuple(PEER if name == "peer" else name for name in args.backends or ())
     setting = Setting(device, dtype, config, args.batch or (5 if args.training else 1), backends)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+import shlex
 import statistics
 import sys
 import tempfile
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     facts = environment(torch.device(name), steps=str(args.steps))
-    facts["command"] = "python -m benchmarks.loop " + " ".join(argv or sys.argv[1:])
+    facts["command"] = "python -m benchmarks.loop " + shlex.join(argv or sys.argv[1:])
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), end="\n\n")
     with tempfile.TemporaryDirectory() as folder:
         synthetic.main([f"{folder}/data", "--tracks", "12", "--seconds", "30"])

@@ -53,13 +53,15 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """How a checkpoint separates."""
-    parser.add_argument("--device", default="auto", choices=DEVICES)
+    parser.add_argument(
+        "--device", default="auto", help=f"{', '.join(DEVICES)} or cuda:1 (%(default)s)"
+    )
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA")
     parser.add_argument(
         "--protocol",
         default="ours",
         choices=PROTOCOLS,
-        help="ours: chunks overlap and cross-fade; paper: 8 s chunks, no overlap, no fade",
+        help="ours: chunks overlap and cross-fade; paper: no overlap, no fade (%(default)s)",
     )
     parser.add_argument("--batch-size", type=int, default=1, help="chunks at once")
 
@@ -139,8 +141,7 @@ def open_evaluation(
     """The tracks; what --checkpoint, --estimates or --baseline names; what a report says of it."""
     source: Source
     if arguments.checkpoint:
-        if arguments.stems:
-            raise InputError("--stems: a checkpoint has its own; leave the option out")
+        refuse_stems(arguments)
         source, info = open_checkpoint(arguments)
         return open_tracks(arguments, source.sample_rate), source, info
     tracks = open_tracks(arguments)
@@ -149,6 +150,12 @@ def open_evaluation(
     else:
         source = open_baseline(arguments.baseline, arguments.stems, arguments.device)
     return tracks, source, describe_data(arguments)
+
+
+def refuse_stems(arguments: argparse.Namespace) -> None:
+    """Raise InputError for --stems where a checkpoint is all that is scored."""
+    if arguments.stems:
+        raise InputError("--stems: a checkpoint has its own; leave the option out")
 
 
 def _stems(text: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def export_onnx(model: BSMamba2, path: str | Path, frames: int) -> float:
     path = Path(path)
     onnx, _ = _import("onnx"), _import("onnxscript")
     runtime = _import("onnxruntime")
+    if "external_data" not in signature(torch.onnx.export).parameters:
+        raise InputError(f"torch {torch.__version__} cannot export to ONNX: 2.5 or newer can")
     config = model.config
     network = RealSpectrogramNetwork(model).cpu().eval()
     generator = torch.Generator().manual_seed(0)

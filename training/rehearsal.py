@@ -1,4 +1,4 @@
-"""Before a long run: one step of everything (`--dry-run`), or a trace of some (`--profile`)."""
+"""Before a long run: some steps and a checkpoint (`--dry-run`), or a trace (`--profile`)."""
 
 from __future__ import annotations
 
@@ -120,8 +120,10 @@ def _peak_gib(trainer: Trainer) -> str:
         held = torch.cuda.max_memory_reserved(trainer.device) / GIB
         total = torch.cuda.get_device_properties(trainer.device).total_memory / GIB
         return f"{peak:.1f} GiB in use, {held:.1f} GiB reserved, of {total:.1f} on the GPU"
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:
+        return "unknown on Windows"
     # In KiB on Linux, in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB:.1f} GiB of RAM"

@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.train",
         description="Train BSMamba2 on a data set of stems.",
-        epilog="Every key of training/config.py can be given as section.key=value.",
+        epilog="Every key of training/config.py can be given as section.key=value, every one of the"
+        " network (models/bsmamba2.py) as model.key=value.",
     )
     parser.add_argument("--config", required=True, help="YAML file, such as configs/bsmamba2.yaml")
     parser.add_argument(
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     rehearsal.add_argument(
         "--dry-run",
         action="store_true",
-        help="one step of everything, the checkpoint included: would the real run fit?",
+        help="a few steps, a validation and a checkpoint: would the real run fit?",
     )
     rehearsal.add_argument(
         "--profile", action="store_true", help="trace a few steps into run.dir/profile and stop"
@@ -77,9 +78,12 @@ def main(argv: list[str] | None = None) -> int:
             raise unwritable(error, config.run.dir) from error
         except RuntimeError as error:
             if is_out_of_memory(error):
+                reason = (
+                    error.__cause__ or error
+                )  # without a hint, which the network may have added
                 raise InputError(
                     "memory ran out: lower training.batch_size (and raise training.accumulation"
-                    f" to match) or set model.gradient_checkpointing=true ({error})"
+                    f" to match) or set model.gradient_checkpointing=true ({reason})"
                 ) from error
             if is_of_dead_worker(error):
                 raise worker_death(error) from error

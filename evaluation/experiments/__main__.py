@@ -27,6 +27,7 @@ from evaluation.options import (
     open_baseline,
     open_checkpoint,
     open_tracks,
+    refuse_stems,
 )
 from evaluation.records import plain, write_json
 from evaluation.result import Evaluation, evaluate, read_evaluation
@@ -74,6 +75,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run_lengths(arguments: argparse.Namespace) -> None:
+    refuse_stems(arguments)
     tracks: list[Track] = []
     evaluations = {}
     for seconds in arguments.lengths:

@@ -1,4 +1,4 @@
-"""The selective scan of Mamba-2: one function, several implementations, one file each."""
+"""The selective scan of Mamba-2: one function, several implementations."""
 
 from __future__ import annotations
 

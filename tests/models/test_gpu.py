@@ -14,7 +14,7 @@ from models.conv import causal_conv1d, conv_backends
 from models.dispatch import missing
 from models.graphs import GraphedNetwork
 from models.mamba2 import Mamba2Block
-from models.scan import selective_scan
+from models.scan import IMPLEMENTATIONS, selective_scan
 from training.config import load_config
 from training.data import synthetic
 from training.run_folder import RunFolder
@@ -56,7 +56,7 @@ def outputs(backend, dtype, length, rows=3):
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("backend", ("chunked", "selective_scan", "ssd"))
+@pytest.mark.parametrize("backend", [name for name in IMPLEMENTATIONS if name != "sequential"])
 def test_scan_equals_the_recurrence(backend, dtype, length, assert_close):
     needs(backend, dtype)
     expected = outputs("sequential", dtype, length)

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from models import InputError
-from models.scan import selective_scan
+from models.dispatch import missing
+from models.scan import IMPLEMENTATIONS, selective_scan
 
 NAMES = ("x", "dt", "A", "B", "C", "D")
 LENGTHS = (1, 2, 62, 63, 128, 401)
+HERE = [name for name in IMPLEMENTATIONS if missing(name, torch.empty(0)) is None]
 
 
 def scan_inputs(
@@ -36,16 +38,17 @@ def outputs_and_gradients(inputs: list[Tensor], backend: str) -> dict[str, Tenso
     return {"y": y} | {f"grad {n}": g for n, g in zip(NAMES, gradients, strict=True)}
 
 
+@pytest.mark.parametrize("backend", [name for name in HERE if name != "sequential"])
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("strong", (0.0, 3.0), ids=("usual decay", "strong decay"))
-def test_chunked_equals_the_recurrence_in_float64(length, strong, assert_close):
+def test_every_scan_equals_the_recurrence_in_float64(backend, length, strong, assert_close):
     inputs = scan_inputs(length, strong=strong)
     expected = outputs_and_gradients(inputs, "sequential")
-    for name, value in outputs_and_gradients(inputs, "chunked").items():
+    for name, value in outputs_and_gradients(inputs, backend).items():
         assert_close(f"{name} at length {length}", value, expected[name], 1e-9)
 
 
-@pytest.mark.parametrize("backend", ("sequential", "chunked"))
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_float32_agrees_with_float64(backend, length, assert_close):
     inputs = scan_inputs(length)

@@ -41,6 +41,12 @@ def test_defaults_are_the_paper_files_values(tmp_path: Path) -> None:
     assert default == paper
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_file_is_valid_and_its_network_the_paper_s_or_smaller(path: Path) -> None:
+    config = load_config(path, ["data.root=music"])
+    assert config.model.dim <= 256 and config.model.depth <= 6
+
+
 def test_demo_file_is_valid() -> None:
     config = load_config(CONFIGS / "demo.yaml")
     assert config.training.max_minutes is not None and config.training.max_minutes <= 5

@@ -120,7 +120,7 @@ def _list_subset(root: Path, subset: str) -> list[Path]:
 
 def _list_flat(root: Path) -> list[Path]:
     # Beside the tracks lie other folders here; one without audio is none of them.
-    tracks = [path for path in _list_tracks(root) if path.suffix == ".mp4" or list_audio(path)]
+    tracks = [path for path in _list_tracks(root) if path.name.endswith(SUFFIX) or list_audio(path)]
     if not tracks:
         raise InputError(
             f"data root {root} has no folder 'train' (MUSDB18 layout) and no <track>/<stem>.wav"
