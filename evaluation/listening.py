@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
+import soxr
 
 from evaluation.result import EXCERPTS, Evaluation, names_of
 from evaluation.scoring import MIXTURE_ESTIMATE
 from models.errors import InputError
+from separation.writer import MP3_RATES
 from training.data.sources import MIXTURE, STEMS, Track, open_dataset
 
 if TYPE_CHECKING:
@@ -116,6 +118,8 @@ def picture_uri(figure: Figure) -> str:
 
 def sound_uri(audio: np.ndarray, sample_rate: int) -> str:
     """Audio [channel, time] as an MP3 in a data URI: every browser plays it."""
+    if sample_rate not in MP3_RATES:
+        audio, sample_rate = soxr.resample(audio.T, sample_rate, 44_100).T, 44_100
     buffer = io.BytesIO()
     soundfile.write(buffer, audio.T.clip(-1, 1), sample_rate, format="MP3")
     return _uri("audio/mpeg", buffer)

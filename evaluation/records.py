@@ -45,29 +45,30 @@ class TrackStore:
         self.folder = folder
         self.identity = identity
 
-    def load(self, track: str, files: Iterable[Path]) -> TrackScores | None:
-        """The scores of a track, None if there are none, or its files have changed since."""
+    def load(self, track: str, key: str) -> TrackScores | None:
+        """The scores of a track, None if there are none, or they have another key."""
         path = self.path(track)
         if not path.is_file():
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content["key"] != self._key(files):
+            if content["key"] != key:
                 return None
             return track_from_json(content)
         except (ValueError, KeyError, TypeError) as error:
             logger.warning("%s is damaged (%s): scoring the track again", path, error)
             return None
 
-    def save(self, scores: TrackScores, files: Iterable[Path]) -> None:
+    def save(self, scores: TrackScores, key: str) -> None:
         """Keep the scores of a track. Raises InputError if they cannot be written."""
-        content = {"key": self._key(files), **track_to_json(scores)}
+        content = {"key": key, **track_to_json(scores)}
         write_json(self.path(scores.track), content, indent=None)
 
     def path(self, track: str) -> Path:
         return self.folder / f"{track}.json"
 
-    def _key(self, files: Iterable[Path]) -> str:
+    def key(self, files: Iterable[Path]) -> str:
+        """What tells scores of these files, as they are now, from those of any others."""
         listing: list[Any] = [_FORMAT, self.identity]
         for path in files:
             status = path.stat()

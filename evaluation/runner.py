@@ -77,7 +77,9 @@ class Runner:
         source.check(tracks)
         self._spare_references(tracks)
         self._claim_estimates(tracks, source)
-        done = self._load(tracks, source)
+        # Before any is scored: a file that changes meanwhile shall not pass for the one that was.
+        keys = self._keys(tracks, source)
+        done = self._load(tracks, source, keys)
         todo = [track for track in tracks if track.name not in done]
         failures: list[InputError] = []
         bar = tqdm(
@@ -95,16 +97,23 @@ class Runner:
                     continue
                 done[track.name] = result
                 if self.store:
-                    self.store.save(result, _files(track, source))
+                    self.store.save(result, keys[track.name])
         if failures:
             raise InputError(self._report(failures, len(done)))
         return [done[track.name] for track in tracks]
 
-    def _load(self, tracks: Sequence[Track], source: Source) -> dict[str, TrackScores]:
+    def _keys(self, tracks: Sequence[Track], source: Source) -> dict[str, str]:
+        if self.store is None:
+            return {}
+        return {track.name: self.store.key(_files(track, source)) for track in tracks}
+
+    def _load(
+        self, tracks: Sequence[Track], source: Source, keys: dict[str, str]
+    ) -> dict[str, TrackScores]:
         if self.store is None:
             return {}
         found = {
-            track.name: self.store.load(track.name, _files(track, source))
+            track.name: self.store.load(track.name, keys[track.name])
             for track in tracks
             if self._has_estimates(track, source)
         }

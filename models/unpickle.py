@@ -11,6 +11,8 @@ import pickle
 import struct
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -20,16 +22,23 @@ import torch
 from models.errors import InputError
 
 # What tensors are pickled as. Nothing here runs code of the file.
-_ALLOWED: dict[tuple[str, str], Any] = {
+_TYPES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): torch.Size,
+}
+_TYPES |= {
+    ("torch", name): getattr(torch, name)
+    for name in dir(torch)
+    if isinstance(getattr(torch, name), torch.dtype)
+}
+_FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
 }
-_ALLOWED |= {
-    ("torch", name): getattr(torch, name)
+_STORAGES = {
+    name
     for name in dir(torch)
-    if name.endswith("Storage") or isinstance(getattr(torch, name), torch.dtype)
+    if name.endswith("Storage") and name not in ("TypedStorage", "UntypedStorage")
 }
 # What a damaged pickle or archive makes of either reader.
 _ERRORS = (
@@ -77,8 +86,17 @@ class Placeholder:
 
 class _InertUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        known = _ALLOWED.get((module, name))
-        return known if known is not None else type(name, (Placeholder,), {"__module__": module})
+        key = (module, name)
+        if key in _TYPES:
+            return _TYPES[key]
+        # Made anew each time: a pickle may set attributes of all that Python allows it on.
+        if key in _FUNCTIONS:
+            return partial(_FUNCTIONS[key])
+        if key == ("torch", "UntypedStorage"):
+            return SimpleNamespace(dtype=torch.uint8)
+        if module == "torch" and name in _STORAGES:
+            return SimpleNamespace(dtype=getattr(torch, name).dtype)
+        return type(name, (Placeholder,), {"__module__": module})
 
 
 def _load(file: BinaryIO, **options: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -25,7 +26,18 @@ from models.errors import InputError
 BLOCK_FRAMES = 2**16
 STANDARD_INPUT = "-"
 UNKNOWN_SIZE = 0xFFFFFF00  # in a header, from here on: written to a pipe, length not known
+UNKNOWN_FRAMES = 2**62  # what libsndfile counts then
 NO_FFMPEG = "ffmpeg is missing; convert it to wav or install ffmpeg (apt install ffmpeg)"
+
+SMALL_BLOCK_FRAMES = 2**10
+# Channels of WAV files by those of Vorbis I, section 4.3.9.
+VORBIS_TO_WAV = {
+    3: (0, 2, 1),
+    5: (0, 2, 1, 3, 4),
+    6: (0, 2, 1, 5, 3, 4),
+    7: (0, 2, 1, 6, 5, 3, 4),
+    8: (0, 2, 1, 7, 5, 6, 3, 4),
+}
 
 Decoder = subprocess.Popen[bytes]
 
@@ -55,8 +67,9 @@ class AudioStream:
 def open_audio(path: str | Path, decoders: set[Decoder] | None = None) -> Iterator[AudioStream]:
     """Open a file, or standard input as "-".
 
-    libsndfile reads wav, aiff, flac, ogg and mp3; anything else (m4a, mp4, wma) and standard
-    input go through ffmpeg. What is left of a damaged file is read, with a warning.
+    libsndfile reads wav, aiff, flac, ogg and mp3; anything else (m4a, mp4, wma), flac and mp3 that
+    do not say how long they are, and standard input go through ffmpeg. What is left of a damaged
+    file is read, with a warning.
 
     decoders: holds ffmpeg's process while it runs, from before the first read that may wait for
     it: another thread ends that read by killing the process.
@@ -77,25 +90,53 @@ def open_audio(path: str | Path, decoders: set[Decoder] | None = None) -> Iterat
         with _open_ffmpeg(str(path), f"file:{path}", decoders) as stream:
             yield stream
         return
+    is_known = _tells_its_length(file, path)
+    if not is_known and shutil.which("ffmpeg") is not None:
+        file.close()
+        with _open_ffmpeg(str(path), f"file:{path}", decoders) as stream:
+            yield stream
+        return
+    if not is_known:
+        warnings.warn(
+            f"{path}: does not say how long it is; its end may lack without ffmpeg", stacklevel=3
+        )
     with file:
         blocks = _soundfile_blocks(file, path)
-        is_exact = file.format != "MP3"
-        yield AudioStream(str(path), file.samplerate, file.channels, file.frames, blocks, is_exact)
+        frames = file.frames if file.frames < UNKNOWN_FRAMES else None
+        is_exact = file.format != "MP3" and frames is not None
+        yield AudioStream(str(path), file.samplerate, file.channels, frames, blocks, is_exact)
+
+
+def _tells_its_length(file: soundfile.SoundFile, path: Path) -> bool:
+    """Whether libsndfile knows where a file ends, which it guesses of an mp3 without a tag."""
+    if file.format != "MP3":
+        return bool(file.frames < UNKNOWN_FRAMES)
+    with path.open("rb") as content:
+        head = content.read(10)
+        if head[:3] == b"ID3":  # its size is in four times seven bits
+            content.seek(10 + sum(byte << 7 * place for place, byte in enumerate(head[:5:-1])))
+        else:
+            content.seek(0)
+        first = content.read(4096)
+    return any(tag in first for tag in (b"Xing", b"Info", b"VBRI"))
 
 
 def probe_seconds(path: Path) -> float | None:
     """Length by the file's header, None if it does not say or cannot be read."""
     try:
         with _silent_decoders(only_if=_looks_like_mp3(path)):
-            return float(soundfile.info(path).duration)
+            info = soundfile.info(path)
+        if info.frames < UNKNOWN_FRAMES:
+            return float(info.duration)
     except (soundfile.LibsndfileError, OSError):
-        command = ["ffprobe", "-v", "error", "-show_entries", "format=duration", "-of", "csv=p=0"]
-        try:
-            output = subprocess.run([*command, f"file:{path}"], capture_output=True, check=True)
-            seconds = float(output.stdout)
-        except (OSError, subprocess.CalledProcessError, ValueError):
-            return None
-        return seconds if math.isfinite(seconds) else None
+        pass  # ffprobe knows more formats
+    command = ["ffprobe", "-v", "error", "-show_entries", "format=duration", "-of", "csv=p=0"]
+    try:
+        output = subprocess.run([*command, f"file:{path}"], capture_output=True, check=True)
+        seconds = float(output.stdout)
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return None
+    return seconds if math.isfinite(seconds) else None
 
 
 def _require_content(path: Path) -> None:
@@ -113,12 +154,17 @@ def _require_content(path: Path) -> None:
 
 def _soundfile_blocks(file: soundfile.SoundFile, path: Path) -> Iterator[np.ndarray]:
     is_cut = _is_cut_short(file, path)
-    done = 0
+    # Vorbis and Opus have the centre second and the bass last.
+    order = VORBIS_TO_WAV.get(file.channels) if file.format == "OGG" else None
+    done, size = 0, BLOCK_FRAMES
     while True:
         try:
             with _silent_decoders(only_if=file.format == "MP3"):
-                block = file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)
+                block = file.read(size, dtype="float32", always_2d=True)  # t c
         except soundfile.LibsndfileError as error:
+            if size == BLOCK_FRAMES and _can_seek(file, done):
+                is_cut, size = True, SMALL_BLOCK_FRAMES  # the rest, as far as it goes
+                continue
             if not done:
                 raise InputError(f"{path}: is damaged: nothing in it can be decoded") from error
             is_cut = True
@@ -126,11 +172,18 @@ def _soundfile_blocks(file: soundfile.SoundFile, path: Path) -> Iterator[np.ndar
         if not len(block):
             break
         done += len(block)
-        yield np.ascontiguousarray(block.T)
+        yield np.ascontiguousarray((block if order is None else block[:, order]).T)
     # Sizes in a header that was written to a pipe are larger than any file.
     is_cut |= done < file.frames < UNKNOWN_SIZE
     if is_cut and done:
         _warn_cut_short(str(path), done / file.samplerate)
+
+
+def _can_seek(file: soundfile.SoundFile, frame: int) -> bool:
+    try:
+        return bool(file.seek(frame) == frame)
+    except soundfile.LibsndfileError:
+        return False
 
 
 def _warn_cut_short(name: str, seconds: float) -> None:
@@ -250,5 +303,9 @@ def _ffmpeg_blocks(
     log.seek(0)
     if code or log.read(1):
         if not done:
-            raise InputError(f"{name}: is damaged: nothing in it can be decoded")
+            of_pipe = ", or cannot be read from a pipe: give the file itself"
+            raise InputError(
+                f"{name}: is damaged: nothing in it can be decoded"
+                + (of_pipe if name == "standard input" else "")
+            )
         _warn_cut_short(name, done / rate)

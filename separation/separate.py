@@ -4,7 +4,7 @@
 
 writes stems/song/vocals.wav and stems/song/instrumental.wav (the mixture minus vocals), and the
 same for every song in music/, mirroring its folders, at each song's own rate, length and
-channels, as float wav: stems sum to the song. Songs of any length pass in the memory of a few
+channels, as float wav: the two sum to the song. Songs of any length pass in the memory of a few
 chunks. "-" is standard input or output:
 
     curl -s $URL | python -m separation.separate - -c best.pt -o - --stems vocals | ffplay -

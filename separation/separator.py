@@ -236,5 +236,10 @@ def separate(
             return _collect(checkpoint, stream, progress, stems, downmix)
     if sample_rate is None:
         raise InputError("separate: give the sample_rate of the waveform")
-    waveform = np.atleast_2d(np.asarray(audio, dtype=np.float32))
+    if not sample_rate > 0:
+        raise InputError(f"sample_rate {sample_rate}: must be above 0")
+    samples = audio.detach().cpu().numpy() if isinstance(audio, Tensor) else np.asarray(audio)
+    if not np.issubdtype(samples.dtype, np.floating):
+        raise InputError(f"separate: {samples.dtype} samples; give floats, full scale being 1")
+    waveform = np.atleast_2d(samples.astype(np.float32))
     return checkpoint.separate_audio(waveform, sample_rate, progress, stems, downmix)

@@ -44,7 +44,7 @@ def spectrogram_triptych(
     top = max(float(powers["mixture"].max()), float(powers["truth"].max()))
     figure = Figure(figsize=(12, 3.6), dpi=100, layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    seconds = mixture.shape[-1] / sample_rate
+    longest = max(wave.shape[-1] for wave in waves.values()) / sample_rate
     for panel, (name, power) in zip(panels, powers.items(), strict=True):
         image = panel.imshow(
             power,
@@ -53,9 +53,10 @@ def spectrogram_triptych(
             cmap="magma",
             vmin=top - RANGE_DB,
             vmax=top,
-            extent=(0, seconds, 0, 1),
+            extent=(0, waves[name].shape[-1] / sample_rate, 0, 1),
             interpolation="nearest",
         )
+        panel.set_xlim(0, longest)
         panel.set_title(name)
         panel.set_xlabel("time [s]")
     octaves = np.log2(sample_rate / 2 / LOWEST_HZ)

@@ -14,6 +14,7 @@ from evaluation.scoring import MIXTURE_ESTIMATE, Detail
 from evaluation.spectral import N_FFT
 from evaluation.tables import align, number
 from models.bsmamba2 import BSMamba2Config
+from models.errors import InputError
 
 REGIONS_HZ = (0, 250, 1000, 4000, 8000, 16000, 24000)
 TEXT = (
@@ -23,8 +24,14 @@ TEXT = (
 
 
 def by_frequency(evaluations: Sequence[Evaluation], stem: str) -> dict[str, Any]:
-    """Median SDR over tracks in each band and region, for each estimate."""
-    rate = evaluations[0].tracks[0].sample_rate
+    """Median SDR over tracks in each band and region, for each estimate.
+
+    Raises InputError if the sample rates differ.
+    """
+    rates = {track.sample_rate for evaluation in evaluations for track in evaluation.tracks}
+    if len(rates) > 1:
+        raise InputError(f"runs at {sorted(rates)} Hz: their bands are not the same frequencies")
+    (rate,) = rates
     hertz = np.arange(N_FFT // 2 + 1) * rate / N_FFT
     # Whatever lies above the last edge, at rates of 48 kHz and more, joins the highest region.
     regions = np.searchsorted(REGIONS_HZ[:-1], hertz, side="right") - 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import sys
@@ -18,8 +20,9 @@ from evaluation import evaluate, report
 from evaluation.comparison import compare
 from evaluation.experiments import __main__ as experiments
 from evaluation.experiments import sparsity
+from evaluation.experiments.bands import by_frequency
 from evaluation.hdemucs import separate_with_hdemucs
-from evaluation.listening import chosen_tracks
+from evaluation.listening import chosen_tracks, sound_uri
 from evaluation.oracles import MASKS, apply_mask
 from evaluation.result import names_of, read_evaluation
 from models.errors import InputError
@@ -111,6 +114,22 @@ def test_bands_find_where_a_mask_helps(runs: Path, tmp_path: Path) -> None:
     assert all(a > b for a, b in zip(irm["regions"], mixture["regions"], strict=True))
     # The vocals' noise is low-passed, the drums' high-passed: the mixture is worse at the top.
     assert mixture["regions"][0] > mixture["regions"][4]
+
+
+def test_bands_need_one_sample_rate(runs: Path) -> None:
+    one = read_evaluation(runs / "runs" / "irm")
+    tracks = [replace(track, sample_rate=2 * track.sample_rate) for track in one.tracks]
+    with pytest.raises(InputError, match="their bands are not the same frequencies"):
+        by_frequency([one, replace(one, tracks=tracks)], "vocals")
+
+
+@pytest.mark.parametrize("rate", (44_100, 44_056, 96_000))
+def test_sound_of_any_rate_goes_into_a_page(rate: int) -> None:
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    kind, _, data = sound_uri(np.stack([tone, tone]), rate).partition(",")
+    assert kind == "data:audio/mpeg;base64"
+    audio, _ = soundfile.read(io.BytesIO(base64.b64decode(data)))
+    assert len(audio) == pytest.approx(44_100, abs=3000)
 
 
 def test_lengths_change_the_input_of_the_network(

@@ -100,7 +100,7 @@ def test_scored_tracks_are_kept_and_changed_ones_scored_again(
     before = (run / "scores.json").read_text()
     scored: list[str] = []
 
-    def note(self: TrackStore, scores: TrackScores, files: list[Path]) -> None:
+    def note(self: TrackStore, scores: TrackScores, key: str) -> None:
         scored.append(scores.track)
 
     monkeypatch.setattr(TrackStore, "save", note)
@@ -110,6 +110,25 @@ def test_scored_tracks_are_kept_and_changed_ones_scored_again(
     rewrite(estimates / "first song" / "vocals.wav", lambda audio: 0.5 * audio)
     evaluate(dataset, estimates, "--output", run)
     assert scored == ["first song"]
+
+
+def test_an_estimate_that_changes_meanwhile_is_scored_again(
+    dataset: Path, estimates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, estimate = tmp_path / "run", estimates / "first song" / "vocals.wav"
+    save = TrackStore.save
+
+    def replace_and_save(self: TrackStore, scores: TrackScores, key: str) -> None:
+        if scores.track == "first song":
+            rewrite(estimate, lambda audio: 0.5 * audio)
+        save(self, scores, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrackStore, "save", replace_and_save)
+        evaluate(dataset, estimates, "--output", run)
+    before = read_evaluation(run).tracks[0].rows[0].usdr
+    evaluate(dataset, estimates, "--output", run)
+    assert read_evaluation(run).tracks[0].rows[0].usdr != before
 
 
 def test_a_track_without_its_excerpt_is_scored_again(
@@ -326,8 +345,8 @@ def test_an_interrupted_run_goes_on(
         shutil.copytree(estimates / "first song", estimates / name)
     save = TrackStore.save
 
-    def save_and_interrupt(self: TrackStore, scores: TrackScores, files: list[Path]) -> None:
-        save(self, scores, files)
+    def save_and_interrupt(self: TrackStore, scores: TrackScores, key: str) -> None:
+        save(self, scores, key)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

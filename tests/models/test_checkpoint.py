@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import pickle
 import resource
+import zipfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 
 from models import BSMamba2, BSMamba2Config, InputError, load_checkpoint
 from models.checkpoint import read_checkpoint, save_checkpoint
+from models.unpickle import read_pickled
 
 TINY = BSMamba2Config(
     dim=8, depth=1, d_state=16, headdim=16, num_stems=2, stem_names=("vocals", "bass")
@@ -193,3 +196,21 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk is full"):
         save_checkpoint(path, TINY, BSMamba2(TINY).state_dict())
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_pickle_changes_nothing_of_the_process(tmp_path):
+    before = torch._utils._rebuild_tensor_v2.__defaults__
+    functions = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    state = pickle.dumps((None, {"__defaults__": (1, 2)}), protocol=2)[2:-1]
+    archive = tmp_path / "whole.pt"
+    torch.save({"state_dict": {"a": torch.ones(2)}, "x": Path("an object")}, archive)
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(tmp_path / "evil.pt", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("data.pkl"):  # global, state, build, then what was there
+                content = b"\x80\x02" + functions + state + b"b0" + content[2:]
+            new.writestr(name, content)
+    with suppress(InputError):
+        read_pickled(tmp_path / "evil.pt")
+    assert torch._utils._rebuild_tensor_v2.__defaults__ == before
+    assert torch.equal(read_pickled(archive)["state_dict"]["a"], torch.ones(2))

@@ -186,3 +186,53 @@ def test_damaged_audio_makes_no_noise(tmp_path: Path, name: str) -> None:
 def test_length_of_what_is_no_audio(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_text("words")
     assert probe_seconds(tmp_path / "a.wav") is None
+
+
+def encode(source: Path, name: str, *options: str) -> Path:
+    path = source.with_name(name)
+    command = ["ffmpeg", "-v", "error", "-i", source, *options]
+    if path.suffix == ".flac":  # through a pipe, to which no length can be written afterwards
+        path.write_bytes(subprocess.run([*command, "-"], capture_output=True, check=True).stdout)
+    else:
+        subprocess.run([*command, path], check=True)
+    return path
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("no_tag.mp3", ("-q:a", "2", "-write_xing", "0")),
+        ("constant.mp3", ("-b:a", "128k", "-write_xing", "0")),
+        ("piped.flac", ("-f", "flac")),
+    ],
+)
+def test_files_that_do_not_tell_their_length_are_whole(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, name: str, options: tuple[str, ...]
+) -> None:
+    quiet_then_loud = np.concatenate([1e-3 * tones(), np.random.default_rng(0).normal(
+        scale=0.2, size=(2, 10 * 44100))], axis=1)  # fmt: skip
+    soundfile.write(tmp_path / "a.wav", quiet_then_loud.T, 44100)
+    audio, rate = load_audio(encode(tmp_path / "a.wav", name, *options))
+    assert rate == 44100
+    assert 0 <= audio.shape[1] - quiet_then_loud.shape[1] < 4000  # an encoder fills its last frame
+    assert not recwarn.list
+
+
+def test_a_damaged_flac_is_read_to_its_last_good_frame(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", tones().T, 44100)
+    with pytest.warns(UserWarning, match="only its first"):
+        part, _ = load_audio(cut(tmp_path / "a.flac"))
+    assert part.shape[1] % BLOCK_FRAMES
+
+
+@needs_ffmpeg
+def test_surround_in_vorbis_has_its_channels_in_the_order_of_wav(tmp_path: Path) -> None:
+    hertz = (300, 500, 700, 90, 1100, 1300)  # L R C LFE Ls Rs
+    time = np.arange(2 * 44100) / 44100
+    waves = 0.1 * np.sin(2 * np.pi * np.array(hertz)[:, None] * time)
+    soundfile.write(tmp_path / "a.wav", waves.T, 44100)
+    options = ("-channel_layout", "5.1", "-c:a", "libvorbis")
+    audio, _ = load_audio(encode(tmp_path / "a.wav", "a.ogg", *options))
+    spectra = np.abs(np.fft.rfft(audio[:, 22050:66150]))  # 1 Hz a bin
+    assert spectra.argmax(axis=1).tolist() == list(hertz)

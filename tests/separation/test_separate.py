@@ -220,6 +220,15 @@ def test_stem_name_that_leaves_the_folder(song, tmp_path: Path) -> None:
     assert not (tmp_path / "vocals.wav").exists()
 
 
+def test_waveforms_that_would_be_mistaken(checkpoint) -> None:
+    with pytest.raises(InputError, match="int16 samples; give floats"):
+        separate(np.ones((2, 100), np.int16), checkpoint, sample_rate=44100)
+    with pytest.raises(InputError, match="sample_rate 0: must be above 0"):
+        separate(np.ones((2, 100), np.float32), checkpoint, sample_rate=0)
+    stems = separate(torch.rand(2, 4410, requires_grad=True), checkpoint, sample_rate=44100)
+    assert stems["vocals"].shape == (2, 4410)
+
+
 def test_waveform_needs_its_rate(checkpoint) -> None:
     with pytest.raises(InputError, match="sample_rate"):
         separate(np.zeros((2, 10)), checkpoint)

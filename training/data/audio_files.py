@@ -65,6 +65,8 @@ def read_header(path: str, size: int, modified: int) -> AudioFile:
         ) from error
     if info.frames == 0:
         raise InputError(f"{path} holds no samples: restore it from the original")
+    if info.frames >= 2**62:  # a flac written to a pipe
+        raise InputError(f"{path} does not say how long it is: write it again (ffmpeg -i IN OUT)")
     if info.channels not in (1, AUDIO_CHANNELS):
         raise InputError(
             f"{path} has {info.channels} channels, expected stereo or mono: convert it"

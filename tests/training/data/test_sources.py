@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -26,6 +27,7 @@ from training.data.sources import (
     open_dataset,
 )
 
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
 RATE = 44_100
 
 
@@ -277,6 +279,17 @@ def test_damaged_flac_is_an_error_not_silence(root: Path, damage: str) -> None:
     np.testing.assert_array_equal(track.read("drums", 0, 5000), expected)
 
 
+@needs_ffmpeg
+def test_a_flac_that_does_not_tell_its_length_is_named(root: Path) -> None:
+    path = root / "train" / "song 0" / "vocals.wav"
+    command = ["ffmpeg", "-v", "error", "-i", path, "-f", "flac", "-"]
+    piped = subprocess.run(command, capture_output=True, check=True).stdout
+    path.with_suffix(".flac").write_bytes(piped)
+    path.unlink()
+    with pytest.raises(InputError, match="vocals.flac does not say how long it is"):
+        open_dataset(root, "train")
+
+
 def test_the_first_sample_that_is_not_finite_is_named(root: Path) -> None:
     samples = np.zeros((RATE, 2), np.float32)
     samples[777:, 1] = np.nan
@@ -384,9 +397,6 @@ def test_headers_are_read_once_until_a_file_changes(root: Path, monkeypatch) -> 
     for damage in ("", "{", '{"format": 1, "files": {"train/song 1/bass.wav": [1]}}', "[]"):
         (root / FOLDER / "headers.json").write_text(damage)
         assert open_dataset(root, "train")[0] == first[0]
-
-
-needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
 
 
 @needs_ffmpeg
