@@ -15,7 +15,7 @@ from training.config import CurriculumSection
 from training.distributed import World
 
 _MEMORY = 0.95  # of the running score: about 20 steps
-_LOSS = 2.0  # dB below release_sdr: the network forgets
+_RELAPSE = 2.0  # dB below release_sdr: the network forgets
 
 
 class TargetGain:
@@ -67,7 +67,7 @@ class TargetGain:
             score > settings.release_sdr, 1 - settings.release_rate, 1 + settings.release_rate / 2
         )
         gain = (self.gain * factor).clamp(1, settings.target_gain)
-        moves = (self.gain > 1) | (score < settings.release_sdr - _LOSS)
+        moves = (self.gain > 1) | (score < settings.release_sdr - _RELAPSE)
         self.gain.copy_(torch.where(moves, gain, 1.0))
         self.score.copy_(score)
         self._energies.zero_()
