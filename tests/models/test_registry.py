@@ -116,6 +116,16 @@ def test_a_broken_download_is_resumed(registry, monkeypatch, has_ranges: bool) -
     assert Handler.requests == ["", "bytes=1500000-"]
 
 
+def test_a_whole_download_that_was_not_verified_is_not_asked_for_again(
+    registry, tmp_path: Path
+) -> None:
+    part = tmp_path / "cache" / "tiny.part"
+    part.parent.mkdir()
+    part.write_bytes(CONTENT)
+    assert fetch("tiny", registry()).read_bytes() == CONTENT
+    assert Handler.requests == []
+
+
 def test_a_wrong_hash_is_refused_and_removed(registry, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="SHA-256 is .*, not 0000; the download was removed"):
         fetch("tiny", registry(sha256="0000"))

@@ -53,6 +53,15 @@ def test_downmix_keeps_sides_apart_and_full_scale() -> None:
     np.testing.assert_allclose(matrix.sum(axis=1), 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("channels", "left", "right"), [(4, 2, 3), (5, 3, 4), (6, 4, 5), (8, 4, 5)]
+)
+def test_surround_stays_on_its_side(channels: int, left: int, right: int) -> None:
+    matrix, _ = match_channels(channels, 2, downmix=True)
+    assert matrix is not None
+    assert matrix[0, left] > 0 == matrix[1, left] and matrix[1, right] > 0 == matrix[0, right]
+
+
 @pytest.mark.parametrize(("channels", "wanted", "expected"), [(7, 2, 1), (2, 1, 1), (3, 2, 2)])
 def test_downmix_of_odd_layouts(channels: int, wanted: int, expected: int) -> None:
     matrix, result = match_channels(channels, wanted, downmix=True)
