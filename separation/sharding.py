@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-from models.errors import InputError
+from models.ranks import Ranks, read_ranks
 
 Item = TypeVar("Item")
 
@@ -29,16 +29,8 @@ class Shard:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Shard:
         """Raises InputError for values that are no ranks."""
-        try:
-            world_size = int(environment.get("WORLD_SIZE", 1))
-            rank = int(environment.get("RANK", 0))
-            local_rank = int(environment.get("LOCAL_RANK", rank))
-        except ValueError as error:
-            raise InputError(f"RANK, LOCAL_RANK, WORLD_SIZE: {error}") from error
-        if not 0 <= rank < world_size:
-            raise InputError(f"RANK {rank}: must be at least 0 and below WORLD_SIZE {world_size}")
-        is_group = world_size > 1 and "TORCHELASTIC_RUN_ID" in environment
-        return cls(rank, world_size, local_rank, is_group)
+        ranks = read_ranks(environment) or Ranks()
+        return cls(*ranks, ranks.size > 1 and "TORCHELASTIC_RUN_ID" in environment)
 
     @property
     def is_first(self) -> bool:

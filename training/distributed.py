@@ -6,7 +6,6 @@ CUDA tensors through NCCL, in one process group.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.errors import InputError
+from models.ranks import read_ranks
 
 # Rank 0 may index a large data set while the others wait.
 _TIMEOUT = timedelta(hours=2)
@@ -124,16 +124,11 @@ def joined_world() -> Iterator[World]:
     Raises:
         InputError: the environment of torchrun is incomplete.
     """
-    if "RANK" not in os.environ:
+    ranks = read_ranks()
+    if ranks is None:
         yield World()
         return
-    try:
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
-    except (KeyError, ValueError) as error:
-        raise InputError(
-            f"RANK is set but not the rest ({error}): start several processes with torchrun"
-        ) from error
+    world = World(*ranks)
     cuda = torch.cuda.is_available() and world.local_rank < torch.cuda.device_count()
     if cuda:
         torch.cuda.set_device(world.local_rank)

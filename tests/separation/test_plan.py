@@ -155,7 +155,15 @@ def test_shards_cover_everything_once() -> None:
     assert Shard.from_environment({}).take(items) == items
 
 
-@pytest.mark.parametrize("environment", [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x"}])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"RANK": "1"},
+        {"WORLD_SIZE": "2"},
+    ],
+)
 def test_ranks_that_cannot_be(environment: dict[str, str]) -> None:
     with pytest.raises(InputError, match="RANK"):
         Shard.from_environment(environment)
