@@ -13,10 +13,11 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -78,29 +79,32 @@ def save_checkpoint(
 
     # Its own writing leaves files that others may not read, and hides why it fails.
     content_bytes = save(tensors, {"format": FORMAT, "config": json.dumps(asdict(config))})
-    with whole_file(path) as temporary:
-        try:
-            temporary.write_bytes(content_bytes)
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            raise _disk_is_full(path) from error
+    with _whole_binary(path) as file:
+        file.write(content_bytes)
 
 
 def save_pickled(path: Path, content: dict[str, Any]) -> None:
     """Write what torch.save can, whole or not at all. Raises OSError if it cannot be written."""
-    with whole_file(path) as temporary:
+    with _whole_binary(path) as file:
         try:
             # Given a path, torch keeps other threads from Python for 0.3 s.
-            with temporary.open("wb") as file:
-                torch.save(content, file)
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            raise _disk_is_full(path) from error
+            torch.save(content, file)
         except RuntimeError as error:
             # torch reports a failed write of any kind as a wrong position in its archive.
             if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise _disk_is_full(path) from error
+
+
+@contextmanager
+def _whole_binary(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, there whole or not at all; where there is no room, the error says so."""
+    with whole_file(path) as temporary:
+        try:
+            with temporary.open("wb") as file:
+                yield file
+        except OSError as error:
+            if error.errno not in NO_ROOM:
                 raise
             raise _disk_is_full(path) from error
 

@@ -23,7 +23,8 @@ ENVIRONMENT_VARIABLE = "BSMAMBA2_SCAN"
 SCAN_BACKENDS = ("auto", "triton", "ssd", "chunked", "selective_scan", "sequential")
 _IN_PYTORCH = ("chunked", "sequential", "torch")  # scans, and a convolution
 OUT_OF_MEMORY_HINT = (
-    "out of memory: lower training.batch_size, or set model.gradient_checkpointing=true"
+    "out of memory: lower training.batch_size (and raise training.accumulation to match), or set"
+    " model.gradient_checkpointing=true"
 )
 
 _failed: dict[str, str] = {}  # kernel -> why it failed in this process
@@ -192,10 +193,14 @@ class memory_hint:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Exception) or OUT_OF_MEMORY_HINT in str(error):
-            return
-        if is_out_of_memory(error):
-            raise torch.OutOfMemoryError(f"{OUT_OF_MEMORY_HINT} ({error})") from error
+        if isinstance(error, Exception) and is_out_of_memory(error):
+            raise torch.OutOfMemoryError(with_memory_hint(error)) from error
+
+
+def with_memory_hint(error: Exception) -> str:
+    """What an out-of-memory error says, and once what to do about it."""
+    text = str(error)
+    return text if OUT_OF_MEMORY_HINT in text else f"{OUT_OF_MEMORY_HINT} ({text})"
 
 
 def _announce(name: str, tensor: Tensor, why: str) -> None:

@@ -47,12 +47,12 @@ def log_level(level: int, *names: str) -> Iterator[None]:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command-line `main`; exit 0 on success, 2 with one line on bad input, 130 on Ctrl-C.
+    """Run a command-line `main`; exit 0 on success, 2 with one line on bad input or a file that
+    the system refuses, 130 on Ctrl-C.
 
     A reader of standard output that has gone (`| head`) ends it quietly, with 141 as in a shell,
     where the command itself does not say more.
-    So is a file that the system refuses, which nobody told of better. Any other exception is a
-    fault of ours and keeps its traceback.
+    Any other exception is a fault of ours and keeps its traceback.
     """
     # Strong decays make denormals, which slow a step on the CPU tenfold.
     torch.set_flush_denormal(True)

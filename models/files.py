@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-_PARTS = ".*.partial*"  # names of files and folders that are being written
+PARTS = ".*.partial*"  # names of files and folders that are being written
 # What a write raises where there is no room for it: on the disk, by quota, by the file's limit.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a person can mend where a file cannot be written.
@@ -85,12 +85,12 @@ def is_hidden(name: str) -> bool:
 
     Names of songs do begin with dots: "...Baby One More Time".
     """
-    return fnmatch(name, _PARTS) or (name.startswith(".") and not name.startswith(".."))
+    return fnmatch(name, PARTS) or (name.startswith(".") and not name.startswith(".."))
 
 
 def remove_left_parts(folder: Path) -> None:
     """Remove temporary files in a folder whose processes were killed; those at work keep theirs."""
-    for part in folder.glob(_PARTS):
+    for part in folder.glob(PARTS):
         number = part.name.removeprefix(".").split(".partial")[0].rpartition(".")[2]
         if number.isdecimal() and not _is_alive(int(number)):
             if part.is_dir():

@@ -35,11 +35,7 @@ _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
 }
-_STORAGES = {
-    name
-    for name in dir(torch)
-    if name.endswith("Storage") and name not in ("TypedStorage", "UntypedStorage")
-}
+_STORAGES = {name for name in dir(torch) if name.endswith("Storage")} - {"TypedStorage"}
 # What a damaged pickle or archive makes of either reader.
 _ERRORS = (
     pickle.UnpicklingError,
@@ -92,10 +88,9 @@ class _InertUnpickler(pickle.Unpickler):
         # Made anew each time: a pickle may set attributes of all that Python allows it on.
         if key in _FUNCTIONS:
             return partial(_FUNCTIONS[key])
-        if key == ("torch", "UntypedStorage"):
-            return SimpleNamespace(dtype=torch.uint8)
         if module == "torch" and name in _STORAGES:
-            return SimpleNamespace(dtype=getattr(torch, name).dtype)
+            is_typed = name != "UntypedStorage"
+            return SimpleNamespace(dtype=getattr(torch, name).dtype if is_typed else torch.uint8)
         return type(name, (Placeholder,), {"__module__": module})
 
 

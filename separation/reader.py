@@ -83,28 +83,34 @@ def open_audio(path: str | Path, decoders: set[Decoder] | None = None) -> Iterat
         return
     path = Path(path)
     _require_content(path)
-    try:
-        with _silent_decoders(only_if=_looks_like_mp3(path)):
-            file = soundfile.SoundFile(path)
-    except soundfile.LibsndfileError:
+    file = _open_soundfile(path)
+    if file is None:
         with _open_ffmpeg(str(path), f"file:{path}", decoders) as stream:
             yield stream
         return
-    is_known = _tells_its_length(file, path)
-    if not is_known and shutil.which("ffmpeg") is not None:
-        file.close()
-        with _open_ffmpeg(str(path), f"file:{path}", decoders) as stream:
-            yield stream
-        return
-    if not is_known:
-        warnings.warn(
-            f"{path}: does not say how long it is; its end may lack without ffmpeg", stacklevel=3
-        )
     with file:
         blocks = _soundfile_blocks(file, path)
         frames = file.frames if file.frames < UNKNOWN_FRAMES else None
         is_exact = file.format != "MP3" and frames is not None
         yield AudioStream(str(path), file.samplerate, file.channels, frames, blocks, is_exact)
+
+
+def _open_soundfile(path: Path) -> soundfile.SoundFile | None:
+    """The file, None where ffmpeg is to read it."""
+    try:
+        with _silent_decoders(only_if=_looks_like_mp3(path)):
+            file = soundfile.SoundFile(path)
+    except soundfile.LibsndfileError:
+        return None
+    if _tells_its_length(file, path):
+        return file
+    if shutil.which("ffmpeg") is not None:
+        file.close()
+        return None
+    warnings.warn(
+        f"{path}: does not say how long it is; its end may be missing without ffmpeg", stacklevel=2
+    )
+    return file
 
 
 def _tells_its_length(file: soundfile.SoundFile, path: Path) -> bool:

@@ -112,12 +112,12 @@ def _first_not_finite(
     if not value.isfinite():
         return "the loss"
     value.backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     # Backwards: the gradient reaches the last layers first.
-    for name, parameter in reversed(list(model.named_parameters())):
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
+    for name, gradient in reversed(gradients.items()):
+        if not gradient.isfinite().all():
             return f"the gradient of {name}"
-    if not torch.stack([g.norm() for g in gradients]).norm().isfinite():
+    if not torch.stack([gradient.norm() for gradient in gradients.values()]).norm().isfinite():
         return "the norm of the gradient"
     return None
 

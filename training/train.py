@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+from models.dispatch import with_memory_hint
 from models.errors import InputError, is_of_dead_worker, is_out_of_memory, run_command
 from models.files import UNWRITABLE, write_text
 from training.config import Config, dump_config, load_config
@@ -78,13 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             raise unwritable(error, config.run.dir) from error
         except RuntimeError as error:
             if is_out_of_memory(error):
-                reason = (
-                    error.__cause__ or error
-                )  # without a hint, which the network may have added
-                raise InputError(
-                    "memory ran out: lower training.batch_size (and raise training.accumulation"
-                    f" to match) or set model.gradient_checkpointing=true ({reason})"
-                ) from error
+                raise InputError(with_memory_hint(error)) from error
             if is_of_dead_worker(error):
                 raise worker_death(error) from error
             if world.size == 1 or not lost_a_rank(error):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
@@ -46,7 +45,7 @@ from training.state import (
     start_from_weights,
     training_state,
 )
-from training.validation import round_trip, show_examples, tell_of_silence, validate
+from training.validation import round_trip, show_examples, tell_of_failure, validate
 from training.writer import BackgroundWriter, on_host, snapshot
 
 logger = logging.getLogger(__name__)
@@ -312,16 +311,10 @@ class Trainer:
                 )
         if self.settings.schedule == "plateau":
             self.plateau.note(result.mean_usdr)
-        if not math.isfinite(result.mean_usdr):
-            logger.warning(
-                "step %d: the averaged weights give estimates that are not finite, and best.pt"
-                " stays as it was: lower training.learning_rate",
-                self.step,
-            )
         if result.mean_usdr > self.position.best_usdr:
             self.position.best_usdr = result.mean_usdr
             self._save_best()
-        tell_of_silence(result, self.step)
+        tell_of_failure(result, self.step)
         return result.row()
 
     def weights(self) -> dict[str, Tensor]:

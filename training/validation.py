@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -164,8 +165,14 @@ def show_examples(
             logbook.write_example(one, model.config.sample_rate, step, f"{stem}/{place + 1}")
 
 
-def tell_of_silence(result: Validation, step: int) -> None:
-    """Say when the network has learned no more than to be quiet."""
+def tell_of_failure(result: Validation, step: int) -> None:
+    """Say when the network gives no numbers, or has learned no more than to be quiet."""
+    if not math.isfinite(result.mean_usdr):
+        logger.warning(
+            "step %d: the averaged weights give estimates that are not finite, and best.pt stays as"
+            " it was: lower training.learning_rate",
+            step,
+        )
     if result.is_silent:
         logger.info(
             "step %d: silence plateau: the estimates lie %.0f dB below the stems and score %.2f dB"

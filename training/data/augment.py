@@ -56,9 +56,9 @@ class Augmentation:
             on top; and with the same probability another one on top of that.
         time_shift_prob: the start moved by up to
         time_shift_seconds: either way, within the track.
-        speed_prob: played faster or slower, pitch and tempo together, by a factor between
+        speed_prob: pitch and tempo together multiplied by a factor between
         speed_min: and
-        speed_max:
+        speed_max: by resampling.
         pitch_prob: the pitch moved by up to
         pitch_semitones: either way.
         tempo_prob: the tempo multiplied by a factor between
@@ -105,21 +105,16 @@ class Augmentation:
             swaps_channels=bool(swap < self.channel_swap_prob),
             inverts=bool(invert < self.polarity_prob),
             shift=round((2 * by_shift - 1) * reach) if shift < self.time_shift_prob else 0,
-            speed=_between(self.speed_min, self.speed_max, by_speed)
-            if speed < self.speed_prob
-            else 1.0,
+            speed=_factor(speed < self.speed_prob, self.speed_min, self.speed_max, by_speed),
             semitones=(2 * by_pitch - 1) * self.pitch_semitones if pitch < self.pitch_prob else 0.0,
-            tempo=_between(self.tempo_min, self.tempo_max, by_tempo)
-            if tempo < self.tempo_prob
-            else 1.0,
+            tempo=_factor(tempo < self.tempo_prob, self.tempo_min, self.tempo_max, by_tempo),
         )
 
 
 def resample(audio: np.ndarray, frames: int) -> np.ndarray:
     """Bring audio [c, t] to `frames` samples, and its pitch with it."""
     samples = np.ascontiguousarray(audio.T)  # t c
-    moved = soxr.resample(samples, len(samples), frames)[:frames]
-    return np.pad(moved.T, ((0, 0), (0, frames - len(moved))))
+    return _fit(soxr.resample(samples, len(samples), frames).T, frames)
 
 
 def stretch(audio: np.ndarray, frames: int, semitones: float, sample_rate: int) -> np.ndarray:
@@ -131,13 +126,17 @@ def stretch(audio: np.ndarray, frames: int, semitones: float, sample_rate: int) 
     stretcher.preset(len(audio), sample_rate)
     stretcher.setTransposeSemitones(semitones)
     stretcher.timeFactor = audio.shape[-1] / frames
-    stretched = stretcher.process(np.ascontiguousarray(audio))[:, :frames]
     # Its length is rounded down.
-    return np.pad(stretched, ((0, 0), (0, frames - stretched.shape[-1])))
+    return _fit(stretcher.process(np.ascontiguousarray(audio)), frames)
 
 
-def _between(low: float, high: float, share: float) -> float:
-    return low + (high - low) * share
+def _factor(is_drawn: bool, low: float, high: float, share: float) -> float:
+    return low + (high - low) * share if is_drawn else 1.0
+
+
+def _fit(audio: np.ndarray, frames: int) -> np.ndarray:
+    """The first samples of audio [c, t], with zeros where it is some too short."""
+    return np.pad(audio[:, :frames], ((0, 0), (0, max(0, frames - audio.shape[-1]))))
 
 
 def _import_stretch() -> ModuleType:

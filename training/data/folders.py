@@ -118,9 +118,7 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _check_missing(folder: Path, entries: dict[str, os.DirEntry[str]], expected: Expected) -> None:
-    missing = [stem for stem in expected.stems if stem not in entries]
-    if expected.missing_stems == "silence" and len(missing) < len(expected.stems):
-        return
+    missing = expected.lacking(entries)
     if len(missing) == len(expected.stems):
         there = ", ".join(sorted(entry.name for entry in entries.values())) or "no audio"
         raise InputError(

@@ -146,16 +146,22 @@ class RandomMixes(Dataset[Example]):
         rows = self.windows[self.stems[rng.choice(self.target_numbers)]]
         change = augmentation.draw(rng, self.tracks[0].sample_rate)
         for _ in range(_MAX_REDRAWS):
-            row, stems = rows[rng.integers(len(rows))], self._silence()
-            for number, gain in enumerate(gains):
-                if gain:
-                    audio = self._read(row, number, change)
-                    if audio is None:
-                        break
-                    np.multiply(audio, gain, out=stems[number])
-            else:
+            stems = self._read_all(rows[rng.integers(len(rows))], change, gains)
+            if stems is not None:
                 return stems
         raise InputError(f"{_MAX_REDRAWS} songs in a row could not be read: check the data root")
+
+    def _read_all(
+        self, row: np.ndarray, change: Change, gains: Sequence[np.float32]
+    ) -> np.ndarray | None:
+        """All stems at one window [s, c, t], those with a gain; None where one of them fails."""
+        stems = self._silence()
+        for number, gain in enumerate(gains):
+            audio = self._read(row, number, change) if gain else 0
+            if audio is None:
+                return None
+            stems[number] = gain * audio
+        return stems
 
     def _read(self, row: np.ndarray, number: int, change: Change) -> np.ndarray | None:
         """The window `row` of a stem, changed, [c, t]; None where it fails, which is noted."""

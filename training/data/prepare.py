@@ -112,7 +112,7 @@ def _copy(
             continue  # opened again, and then reported
         needed = copy_all or not track.is_seekable or track.sample_rate != rate
         wanted = form if copy_all else None
-        if needed and find_copy(headers.folders, root, path, rate, expected.stems, wanted) is None:
+        if needed and find_copy(headers.folders, root, path, expected, wanted) is None:
             jobs[path] = (path, track)
     if not jobs:
         return 0, {}

@@ -18,11 +18,11 @@ import soundfile
 import soxr
 
 from models.errors import InputError
-from models.files import whole_folder, write_text
+from models.files import PARTS, whole_folder, write_text
 from training.data.audio_files import ARRAY_SUFFIX
 from training.data.folders import list_audio
 from training.data.splits import track_name
-from training.data.track import MIXTURE, Track
+from training.data.track import MIXTURE, Expected, Track
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,7 @@ def find_copy(
     caches: Sequence[Path],
     root: Path,
     path: Path,
-    sample_rate: int,
-    stems: Sequence[str],
+    expected: Expected,
     form: str | None = None,
 ) -> Path | None:
     """The folder of a copy that is true to the track at `path`; None where there is none.
@@ -55,8 +54,7 @@ def find_copy(
         caches: the cache folders of the data root.
         root: the data root.
         path: of the track in it.
-        sample_rate: of the copy, in Hz.
-        stems: that were looked for when it was made.
+        expected: its rate, and the stems that were looked for when the copy was made.
         form: "wav", "flac" or "npy", None for any.
     """
     for cache in caches:
@@ -64,8 +62,11 @@ def find_copy(
         try:
             source = json.loads((folder / _SOURCE).read_text(encoding="utf-8"))
             is_true = source["files"] == _stamps(path)
-            fits = source["sample_rate"] == sample_rate and form in (None, source["format"])
-            fits = fits and set(stems) <= set(source["stems"])
+            fits = (
+                source["sample_rate"] == expected.sample_rate
+                and set(expected.stems) <= set(source["stems"])
+                and form in (None, source["format"])
+            )
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -123,7 +124,7 @@ def write_copy(track: Track, path: Path, folder: Path, sample_rate: int, form: s
 
 def remove_leavings(cache: Path) -> None:
     """Delete what a copy left behind that was killed while it was made."""
-    for left in copies_folder(cache).glob("**/.*.partial*"):
+    for left in copies_folder(cache).glob(f"**/{PARTS}"):
         shutil.rmtree(left, ignore_errors=True)
 
 

@@ -112,7 +112,7 @@ def open_tracks(
         try:
             copy = None
             if use_copies and with_copies and expected.sample_rate is not None:
-                copy = find_copy(with_copies, root, path, expected.sample_rate, expected.stems)
+                copy = find_copy(with_copies, root, path, expected)
             tracks.append(open_track(root, copy or path, expected, headers, need_mixture))
         except InputError as error:
             broken.append(str(error))

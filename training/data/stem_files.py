@@ -83,9 +83,7 @@ def open_stem_file(root: Path, path: Path, expected: Expected) -> StemFileTrack:
         InputError: ffmpeg is missing, the file is not five stereo streams at the expected rate, or
             none of them is an expected stem.
     """
-    missing = [stem for stem in expected.stems if stem not in STEMS]
-    allowed = len(expected.stems) - 1 if expected.missing_stems == "silence" else 0
-    if len(missing) > allowed:
+    if missing := expected.lacking(STEMS):
         raise InputError(
             f"{path} has no stem '{missing[0]}', only {', '.join(STEMS)}: change data.stems, or"
             " where it has some of them set data.missing_stems=silence"

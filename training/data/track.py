@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -43,6 +44,12 @@ class Expected:
     sample_rate: int | None = 44_100
     stems: tuple[str, ...] = STEMS
     missing_stems: MissingStems = "error"
+
+    def lacking(self, there: Container[str]) -> list[str]:
+        """The stems that a track of those `there` lacks, none where silence may stand for them."""
+        missing = [stem for stem in self.stems if stem not in there]
+        is_allowed = self.missing_stems == "silence" and len(missing) < len(self.stems)
+        return [] if is_allowed else missing
 
 
 class Track(Protocol):
