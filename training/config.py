@@ -72,6 +72,10 @@ class DataSection(Section):
     """Folder of activity indices and prepared copies; null: beside the data, in ROOT/.bsmamba2."""
     segment_seconds: PositiveFloat = 8.0
     """Length of one example, in seconds."""
+    short_until: NonNegativeInt = 0
+    """Examples from the start that are several short mixes each, of as much music in all."""
+    short_pieces: PositiveInt = 2
+    """How many, of as many times less than segment_seconds."""
     silent_prob: Fraction = 0.1
     """Probability, for each stem of an example, of silence in its place."""
     gain_min: NonNegativeFloat = 0.5
@@ -271,6 +275,11 @@ class Config(Section):
             raise InputError(
                 f"data.segment_seconds: should be at least {seconds:.3f} for the STFT windows"
                 f" in use, got {self.data.segment_seconds}"
+            )
+        if self.data.short_until and self.segment_frames // self.data.short_pieces < shortest:
+            raise InputError(
+                f"data.short_pieces: {self.data.short_pieces} pieces of {self.data.segment_seconds}"
+                f" s are too short for the STFT windows in use ({shortest} samples)"
             )
         return self
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Subset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Subset
 
 from models.errors import InputError, is_of_dead_worker
 from training.config import Config
@@ -24,6 +24,8 @@ from training.data.mixing import (
     Example,
     ExampleCounter,
     RandomMixes,
+    ShortFirst,
+    collate_pieces,
     collate_readable,
 )
 from training.data.sources import Split, Track, open_dataset
@@ -122,6 +124,8 @@ def make_mixes(config: Config, tracks: Sequence[Track], index: ActivityIndex) ->
 class Loaders:
     """Batches of `mixture [b, c, t]` and `target [b, n, c, t]` as the configuration asks.
 
+    b is `training.batch_size`, for the first examples `data.short_pieces` times that.
+
     Args:
         config: the whole configuration.
         folder: the run's, made once the data set is known to be sound.
@@ -129,7 +133,7 @@ class Loaders:
         world_size: number of processes.
 
     Attributes:
-        mixes: the training examples by number.
+        mixes: the training examples of full length by number.
         segments: the validation segments of all ranks.
 
     Raises:
@@ -145,6 +149,7 @@ class Loaders:
         prepared = prepare_indices(config, folder)
         train, valid = prepared["train"], prepared["valid"]
         self.mixes = make_mixes(config, train.tracks, train.index)
+        self._examples = ShortFirst(self.mixes, data.short_until, data.short_pieces)
         self.segments = AlignedSegments(valid.tracks, valid.index, stem_names, data.valid_segments)
         self._unindexed = len(train.index.broken)  # of both
         self._validation: DataLoader | None = None
@@ -158,7 +163,7 @@ class Loaders:
         """This rank's batches of the `count` examples from number `start` on, drawn again."""
         numbers = ExampleCounter(start, start + count, self.rank, self.world_size)
         for members in BatchSampler(numbers, self.config.training.batch_size, drop_last=False):
-            yield default_collate([self.mixes[number] for number in members])
+            yield collate_pieces([self._examples[number] for number in members])
 
     def training(self, start: int) -> Iterator[Example]:
         """Training batches of this rank from the example number `start` on, without end.
@@ -167,7 +172,9 @@ class Loaders:
             start: examples that all ranks together have consumed before.
         """
         sampler = ExampleCounter(start, rank=self.rank, world_size=self.world_size)
-        return plain_errors(self._loader(self.mixes, sampler=sampler))
+        return plain_errors(
+            self._loader(self._examples, sampler=sampler, collate_fn=collate_pieces)
+        )
 
     def validation(self) -> Iterable[Example]:
         """The validation segments of this rank (rank, rank + world_size, ...), in order.

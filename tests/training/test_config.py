@@ -110,6 +110,10 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         (["training.betas=[0.9, 1]"], r"^training.betas.1: .*less than 1, got 1$"),
         (["data.silent_prob=1"], r"^data.silent_prob: .*less than 1, got 1$"),
         (["data.gain_min=2"], r"^data: gain_min 2.0 should not exceed gain_max 1.5$"),
+        (
+            ["data.short_until=9", "data.short_pieces=999"],
+            r"^data.short_pieces: 999 pieces of 8.0 s are too short for the STFT windows",
+        ),
         (["data.segment_seconds=0.02"], r"^data.segment_seconds: should be at least 0.046"),
         (["training.seed=18446744073709551616"], r"^training.seed: .*less than"),
         (["loss.windows=[2049]"], r"^loss.windows: FFT lengths should be even, got 2049$"),

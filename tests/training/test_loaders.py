@@ -45,6 +45,25 @@ def test_training_stream_is_one_for_any_ranks_and_workers(make) -> None:
         assert torch.equal(take(loaders, 2, start=4), expected[4 + rank :: 2])
 
 
+def test_short_mixes_come_first_whatever_the_batches(make) -> None:
+    options = ("data.short_until=4", "data.short_pieces=3")
+    plain, loaders = take(make(), 12), make(*options, "training.batch_size=2")
+    whole, frames = plain.shape[-1], plain.shape[-1] // 3
+    batches = list(itertools.islice(loaders.training(0), 3))
+    assert [batch["mixture"].shape for batch in batches] == [
+        (6, 2, frames),
+        (6, 2, frames),
+        (2, 2, whole),
+    ]
+    assert torch.equal(batches[2]["mixture"], plain[4:6])
+    short = torch.cat([batch["mixture"] for batch in batches[:2]])
+    for rank in (0, 1):  # resumed after two examples, and drawn again
+        sharded = make(*options, "data.num_workers=1", rank=rank, world_size=2)
+        mine = short.unflatten(0, (-1, 3))[2 + rank]
+        assert torch.equal(next(sharded.training(2))["mixture"], mine)
+        assert torch.equal(next(sharded.step(2, 2))["mixture"], mine)
+
+
 def test_a_dead_worker_is_one_line(tiny_config: Path) -> None:
     """In a process of its own, since PyTorch's signal handler may raise at any later line."""
     code = """

@@ -7,9 +7,11 @@ adds to it is off by default.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -70,6 +72,7 @@ class RandomMixes(Dataset[Example]):
         self.tracks = tracks
         self.windows = index.windows
         self.segment_frames = index.segment_frames
+        self.pieces = 1  # of a window, of which an example has one
         self.stems = tuple(index.windows)
         self.target_numbers = [self.stems.index(stem) for stem in target_stems]
         self.seed = seed
@@ -79,6 +82,18 @@ class RandomMixes(Dataset[Example]):
         self.failures = ReadFailures(max_failed_share)
         # Shared with the workers, so that a broken file is reported by one of them only.
         self.broken = torch.zeros(len(tracks), len(self.stems), dtype=torch.uint8).share_memory_()
+
+    def in_pieces(self, pieces: int) -> RandomMixes:
+        """The stream in `pieces` times as many examples, each of one piece of its windows.
+
+        It counts failed reads together with this one, and begins to augment at the same time.
+        """
+        short = copy.copy(self)
+        short.pieces = self.pieces * pieces
+        short.segment_frames = self.segment_frames // pieces
+        after = self.augmentation.augment_after * pieces
+        short.augmentation = replace(self.augmentation, augment_after=after)
+        return short
 
     def __getitem__(self, i: int) -> Example:
         rng = self._generator(i, 0, _WHOLE)
@@ -129,9 +144,8 @@ class RandomMixes(Dataset[Example]):
         out: np.ndarray,
     ) -> None:
         """Add a random active window of a stem to `out` [c, t]; where it fails, another one."""
-        rows = self.windows[self.stems[number]]
         for _ in range(_MAX_REDRAWS):
-            audio = self._read(rows[rng.integers(len(rows))], number, change)
+            audio = self._read(self._window(self.stems[number], rng), number, change)
             if audio is not None:
                 audio *= gain
                 out += audio
@@ -143,31 +157,39 @@ class RandomMixes(Dataset[Example]):
     def _song(self, i: int, rng: np.random.Generator, augmentation: Augmentation) -> np.ndarray:
         """All stems of one place of one song, with the gains that they have in `_draw`."""
         gains = [self._draw_gain(self._generator(i, number)) for number in range(len(self.stems))]
-        rows = self.windows[self.stems[rng.choice(self.target_numbers)]]
+        target = self.stems[rng.choice(self.target_numbers)]
         change = augmentation.draw(rng, self.tracks[0].sample_rate)
         for _ in range(_MAX_REDRAWS):
-            stems = self._read_all(rows[rng.integers(len(rows))], change, gains)
+            stems = self._read_all(self._window(target, rng), change, gains)
             if stems is not None:
                 return stems
         raise InputError(f"{_MAX_REDRAWS} songs in a row could not be read: check the data root")
 
+    def _window(self, stem: str, rng: np.random.Generator) -> tuple[int, int]:
+        """Track number and first sample of a random active window, or of a piece of it."""
+        rows = self.windows[stem]
+        track_number, start = rows[rng.integers(len(rows))].tolist()
+        if self.pieces > 1:  # no draw that the whole windows' stream does not have
+            start += int(rng.integers(self.pieces)) * self.segment_frames
+        return track_number, start
+
     def _read_all(
-        self, row: np.ndarray, change: Change, gains: Sequence[np.float32]
+        self, window: tuple[int, int], change: Change, gains: Sequence[np.float32]
     ) -> np.ndarray | None:
         """All stems at one window [s, c, t], those with a gain; None where one of them fails."""
         stems = self._silence()
         for number, gain in enumerate(gains):
-            audio = self._read(row, number, change) if gain else 0
+            audio = self._read(window, number, change) if gain else 0
             if audio is None:
                 return None
             stems[number] = gain * audio
         return stems
 
-    def _read(self, row: np.ndarray, number: int, change: Change) -> np.ndarray | None:
-        """The window `row` of a stem, changed, [c, t]; None where it fails, which is noted."""
-        track_number, start = row
+    def _read(self, window: tuple[int, int], number: int, change: Change) -> np.ndarray | None:
+        """The window of a stem, changed, [c, t]; None where it fails, which is noted."""
+        track_number, start = window
         track = self.tracks[track_number]
-        place = change.place(int(start), self.segment_frames, track.frames)
+        place = change.place(start, self.segment_frames, track.frames)
         try:
             audio = track.read(self.stems[number], *place)
         except CorruptAudioError as error:
@@ -175,6 +197,43 @@ class RandomMixes(Dataset[Example]):
             return None
         self.failures.succeeded()
         return change.apply(audio, self.segment_frames, track.sample_rate)
+
+
+class ShortFirst(Dataset[Example]):
+    """Random mixes of which the first are several short ones each, of as much music in all.
+
+    An example has a leading axis, for `collate_pieces` to join: `{"mixture": [p, c, t], "target":
+    [p, n, c, t]}`, where p is `pieces` before example `until` and 1 from there on.
+
+    Args:
+        mixes: the examples of full length.
+        until: number of the first of them.
+        pieces: how many short mixes stand in for one before.
+    """
+
+    def __init__(self, mixes: RandomMixes, until: int, pieces: int) -> None:
+        self.mixes, self.short = mixes, mixes.in_pieces(pieces)
+        self.until, self.pieces = until, pieces
+
+    def __getitem__(self, i: int) -> Example:
+        if i >= self.until:
+            return {key: value[None] for key, value in self.mixes[i].items()}
+        first = i * self.pieces
+        return default_collate([self.short[k] for k in range(first, first + self.pieces)])
+
+
+def collate_pieces(examples: Sequence[Example]) -> Example:
+    """A batch of what `ShortFirst` gives; next to short mixes the long ones are cut."""
+    frames = min(example["mixture"].shape[-1] for example in examples)
+    return {
+        key: torch.cat([_cut(example[key], frames) for example in examples]) for key in examples[0]
+    }
+
+
+def _cut(batch: torch.Tensor, frames: int) -> torch.Tensor:
+    """[p, ..., t] -> [p * q, ..., frames], the q whole pieces of t."""
+    pieces = batch.unfold(-1, frames, frames)  # p ... q t
+    return pieces.movedim(-2, 1).flatten(0, 1)
 
 
 class ExampleCounter(Sampler[int]):

@@ -17,6 +17,8 @@ from training.data.mixing import (
     AlignedSegments,
     ExampleCounter,
     RandomMixes,
+    ShortFirst,
+    collate_pieces,
     collate_readable,
 )
 from training.data.sources import STEMS, CorruptAudioError, open_dataset
@@ -63,6 +65,57 @@ def test_targets_are_listed_windows_times_one_gain(tracks, index) -> None:
     assert 1.47 < max(gains) <= 1.5
     assert abs(np.mean(gains) - 1) < 0.05
     assert 35 <= silent <= 85  # 600 draws at 0.1: 60 +- 7.3
+
+
+def test_short_mixes_are_of_pieces_of_active_windows(tracks, index) -> None:
+    short = mixes(tracks, index, silent_prob=0.0, gain=(1.0, 1.0)).in_pieces(2)
+    half = SEGMENT // 2
+    known = {
+        (stem, tracks[t].read(stem, int(start) + offset, half).tobytes())
+        for stem in STEMS
+        for t, start in index.windows[stem]
+        for offset in (0, half)
+    }
+    seen = set()
+    for i in range(150):
+        for stem, target in zip(STEMS, short[i]["target"].numpy(), strict=True):
+            assert (stem, target.tobytes()) in known
+            seen.add((stem, target.tobytes()))
+    assert len(seen) >= 0.9 * len(known)
+    for aligned in (0.0, 1.0):  # the sum of the stems, whole songs too
+        whole = mixes(tracks, index, augmentation=Augmentation(aligned_prob=aligned))
+        example = whole.in_pieces(3)[0]
+        assert example["target"].shape == (4, 2, SEGMENT // 3)
+        assert torch.allclose(example["mixture"], example["target"].sum(0), atol=1e-6)
+
+
+def test_short_mixes_come_first_and_share_the_rest(tracks, index) -> None:
+    augmentation = Augmentation(polarity_prob=1.0, augment_after=3)
+    whole = mixes(tracks, index, augmentation=augmentation)
+    plain = mixes(tracks, index).in_pieces(2)
+    stream = ShortFirst(whole, until=10, pieces=2)
+    for i in range(10):
+        both = stream[i]["mixture"]
+        assert both.shape == (2, 2, SEGMENT // 2)
+        for k in (0, 1):
+            sign = both[k] / plain[2 * i + k]["mixture"]
+            sign = sign[sign.isfinite()].mean().round()
+            assert sign == 1 if i < 3 else sign == -1 if i >= 6 else abs(sign) == 1
+    assert torch.equal(stream[10]["mixture"][0], whole[10]["mixture"])
+    assert stream[10]["target"].shape == (1, 4, 2, SEGMENT)
+    assert stream.short.failures is whole.failures
+    assert stream.short.broken is whole.broken
+
+
+def test_a_batch_across_the_end_of_the_short_mixes_is_cut(tracks, index) -> None:
+    stream = ShortFirst(mixes(tracks, index), until=2, pieces=2)
+    batch = collate_pieces([stream[i] for i in (1, 2, 3)])
+    assert batch["mixture"].shape == (6, 2, SEGMENT // 2)
+    assert batch["target"].shape == (6, 4, 2, SEGMENT // 2)
+    for key in ("mixture", "target"):
+        assert torch.equal(batch[key][:2], stream[1][key])
+        assert torch.equal(torch.cat([*batch[key][2:4]], dim=-1), stream[2][key][0])
+        assert torch.equal(torch.cat([*batch[key][4:6]], dim=-1), stream[3][key][0])
 
 
 def test_stems_are_drawn_independently(tracks, index) -> None:
