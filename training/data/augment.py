@@ -144,6 +144,7 @@ def _import_stretch() -> ModuleType:
         import python_stretch
     except ImportError as error:
         raise InputError(
-            "data.pitch_prob and data.tempo_prob need python-stretch: pip install python-stretch"
+            "data.pitch_prob and data.tempo_prob need python-stretch: pip install python-stretch,"
+            " or set both to 0 and take data.speed_prob"
         ) from error
     return python_stretch
