@@ -21,6 +21,7 @@ import torch
 from benchmarks import scaling
 from benchmarks.report import environment, markdown_table, save
 from benchmarks.runs import Launch
+from models.device import TRAINING_KINDS, pick_device
 from models.errors import InputError, run_command
 from training.data import synthetic
 
@@ -59,9 +60,7 @@ def counts_of(args: argparse.Namespace, device: str) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = parse(argv)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(args.device, TRAINING_KINDS).type
     counts = counts_of(args, device)
     facts = environment(torch.device(device), processes=" ".join(map(str, counts)))
     facts["command"] = "python benchmark_distributed.py " + shlex.join(argv or sys.argv[1:])

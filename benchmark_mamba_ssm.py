@@ -27,6 +27,7 @@ from benchmarks.cases import PEER, Case, Setting
 from benchmarks.report import Cell, environment, markdown_table, save
 from benchmarks.timing import free_memory, measure, told
 from models import BSMamba2Config, InputError
+from models.device import TRAINING_KINDS, pick_device
 from models.dispatch import ENVIRONMENT_VARIABLE, kernel_errors
 from models.errors import run_command
 from training.setup import AUTOCAST_TYPES
@@ -197,17 +198,7 @@ def make_setting(args: argparse.Namespace) -> Setting:
     """
     if os.environ.get(ENVIRONMENT_VARIABLE):
         raise InputError(f"{ENVIRONMENT_VARIABLE} is set and would run in every row: unset it")
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: no CUDA device here; use --device cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name}: no such device; use cpu or cuda") from error
-    if device.type not in ("cuda", "cpu"):
-        raise InputError(f"--device {name}: use cpu or cuda")
+    device = pick_device(args.device, TRAINING_KINDS)
     numbers = [*(args.seconds or []), *([] if args.batch is None else [args.batch])]
     if not all(0 < number < math.inf for number in numbers):
         raise InputError("--seconds and --batch must be positive numbers")

@@ -19,11 +19,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from benchmarks.report import Cell, environment, markdown_table, save
 from benchmarks.runs import MAIN, Launch, median_step, steady
 from benchmarks.timing import free_memory, synchronize
+from models.device import TRAINING_KINDS, pick_device
 from models.errors import InputError, run_command
 from training.config import load_config
 from training.data import synthetic
@@ -133,15 +132,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.steps < 40:
         raise InputError(f"--steps {args.steps}: should be at least 40")
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    facts = environment(torch.device(name), steps=str(args.steps))
+    device = pick_device(args.device, TRAINING_KINDS)
+    facts = environment(device, steps=str(args.steps))
     facts["command"] = "python -m benchmarks.loop " + shlex.join(argv or sys.argv[1:])
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), end="\n\n")
     with tempfile.TemporaryDirectory() as folder:
         synthetic.main([f"{folder}/data", "--tracks", "12", "--seconds", "30"])
-        words = [f"data.root={folder}/data", f"training.device={name}"]
+        words = [f"data.root={folder}/data", f"training.device={device}"]
         words += ["training.accumulation=1", "training.max_minutes=null", *args.overrides]
         rows = measure(Launch(args.config.resolve(), Path(folder), words), args.steps)
     print(markdown_table(rows, COLUMNS))

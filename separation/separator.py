@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import BSMamba2, load_checkpoint
+from models.device import pick_device
 from models.errors import InputError, is_out_of_memory
 from models.graphs import GraphedNetwork
 from separation.audio import check_audio
@@ -23,28 +24,9 @@ from separation.reader import BLOCK_FRAMES, AudioStream, open_audio
 from separation.streaming import SongSeparation, choose_stems
 
 PROTOCOLS = ("ours", "paper")
-DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16")
 MAX_CHUNK_SECONDS = 3600
 AUTO_BATCH = {"cuda": 8}  # chunks at once; elsewhere one: more are no faster on a CPU
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one. Raises InputError if `name` is not available here."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        return torch.device(next(kind for kind, found in available.items() if found))
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device {name!r}: expected one of {', '.join(DEVICES)}") from error
-    if not available.get(device.type, False):
-        raise InputError(f"device {name!r}: not available on this machine; use cpu or auto")
-    return device
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models import BSMamba2
+from models.device import TRAINING_KINDS, pick_device
 from models.errors import InputError
 from training.config import Config, TrainingSection
 from training.distributed import World
@@ -22,23 +23,16 @@ def resolve_device(name: str, world: World) -> torch.device:
     """The device that `training.device` names, on this rank.
 
     Raises:
-        InputError: it is a CUDA device that this machine does not have, or several ranks would
-            share it.
+        InputError: this machine does not have it, or several ranks would share it.
     """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        name = "cuda" if count else "cpu"
-    device = torch.device(name)
+    device = pick_device(name, TRAINING_KINDS)
     if device.type != "cuda":
         return device
     if world.size > 1 and device.index is not None:
         raise InputError(f"training.device: '{name}' is one GPU for {world.size} ranks; use cuda")
     index = device.index if device.index is not None else world.local_rank
-    if index >= count:
-        raise InputError(
-            f"training.device: no 'cuda:{index}' here ({count} CUDA devices);"
-            " use auto, or fewer processes on this machine"
-        )
+    if index >= (count := torch.cuda.device_count()):
+        raise InputError(f"{index + 1} processes or more for {count} GPUs: start fewer")
     return torch.device("cuda", index)
 
 

@@ -15,6 +15,7 @@ import yaml
 from models.checkpoint import Checkpoint, read_checkpoint
 from models.errors import InputError
 from training.distributed import Agreement, World, joined_world
+from training.setup import resolve_device
 
 MAIN = Path(__file__).parents[2]
 FORKED = Path(__file__).with_name("forked.py")
@@ -28,6 +29,18 @@ def run_forked(*words: str | Path) -> str:
     )
     assert result.returncode == 0, result.stderr
     return result.stderr
+
+
+def test_every_rank_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto", World(1, 2, 1)) == torch.device("cuda", 1)
+    assert resolve_device("cuda:1", World()) == torch.device("cuda", 1)
+    assert resolve_device("cuda", World()) == torch.device("cuda", 0)
+    with pytest.raises(InputError, match=r"^training.device: 'cuda:1' is one GPU for 2 ranks"):
+        resolve_device("cuda:1", World(0, 2, 0))
+    with pytest.raises(InputError, match=r"^3 processes or more for 2 GPUs: start fewer$"):
+        resolve_device("cuda", World(2, 3, 2))
 
 
 def test_a_step_on_several_ranks_equals_one_on_their_batches(
