@@ -10,6 +10,7 @@ from models.dispatch import candidates, requested_backend
 from models.mamba2 import FUSED_TAPS
 
 if TYPE_CHECKING:
+    from training.config import DataSection
     from training.trainer import Trainer
 
 # Weights, gradient, average and two moments, and copies of all but the gradient while a
@@ -30,12 +31,19 @@ def summary(trainer: Trainer) -> list[str]:
         f" {settings.precision}{', compiled' if settings.compile else ''}"
         f"{', deterministic' if settings.deterministic else ''}",
         f"a step: {trainer.examples_per_step} segments of {data.segment_seconds:g} s"
-        f" ({settings.batch_size} x {settings.accumulation} accumulated x {trainer.world.size})",
+        f" ({settings.batch_size} x {settings.accumulation} accumulated x {trainer.world.size})"
+        f"{_short(data)}",
         f"an epoch: {windows:,} active segments, {steps:,.0f} steps;"
         f" validation on {len(trainer.loaders.segments)} segments",
         f"memory: {fixed:.2f} GiB for weights, gradients, average, moments and a checkpoint;"
         " what a batch takes --dry-run measures",
     ]
+
+
+def _short(data: DataSection) -> str:
+    if not data.short_until:
+        return ""
+    return f", the first {data.short_until} in {data.short_pieces} short ones each"
 
 
 def _backend(trainer: Trainer) -> str:

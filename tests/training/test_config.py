@@ -111,8 +111,8 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         (["data.silent_prob=1"], r"^data.silent_prob: .*less than 1, got 1$"),
         (["data.gain_min=2"], r"^data: gain_min 2.0 should not exceed gain_max 1.5$"),
         (
-            ["data.short_until=9", "data.short_pieces=999"],
-            r"^data.short_pieces: 999 pieces of 8.0 s are too short for the STFT windows",
+            ["data.short_until=9", "data.short_pieces=173"],
+            r"^data.short_pieces: 173 pieces of 8.0 s are too short for the STFT windows",
         ),
         (["data.segment_seconds=0.02"], r"^data.segment_seconds: should be at least 0.046"),
         (["training.seed=18446744073709551616"], r"^training.seed: .*less than"),
@@ -133,6 +133,14 @@ def test_wrong_overrides(tmp_path: Path, overrides: list[str], message: str) -> 
     with pytest.raises(InputError, match=message) as caught:
         load_config(write(tmp_path, MINIMAL), overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["data.short_until=9", "data.short_pieces=172"], ["data.short_pieces=999"]],
+)
+def test_short_pieces_that_do(tmp_path: Path, overrides: list[str]) -> None:
+    load_config(write(tmp_path, MINIMAL), overrides)
 
 
 @pytest.mark.parametrize(

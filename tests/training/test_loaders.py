@@ -57,6 +57,9 @@ def test_short_mixes_come_first_whatever_the_batches(make) -> None:
     ]
     assert torch.equal(batches[2]["mixture"], plain[4:6])
     short = torch.cat([batch["mixture"] for batch in batches[:2]])
+    cut = next(make(*options, "training.batch_size=2").training(3))["mixture"]
+    assert torch.equal(cut[:3], short[9:])
+    assert torch.equal(torch.cat([*cut[3:]], dim=-1), plain[4][:, : 3 * frames])
     for rank in (0, 1):  # resumed after two examples, and drawn again
         sharded = make(*options, "data.num_workers=1", rank=rank, world_size=2)
         mine = short.unflatten(0, (-1, 3))[2 + rank]

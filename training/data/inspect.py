@@ -104,7 +104,7 @@ def draw_activity(tracks: Sequence[Track], index: ActivityIndex, path: Path) -> 
 
 
 def write_examples(mixes: RandomMixes, count: int, names: Sequence[str], folder: Path) -> None:
-    """Write the first examples of a run as float wav: `000_mixture.wav`, `000_vocals.wav`, ...
+    """Write examples of full length as float wav: `000_mixture.wav`, `000_vocals.wav`, ...
 
     Raises:
         InputError: a file cannot be written.

@@ -89,7 +89,7 @@ class RandomMixes(Dataset[Example]):
         It counts failed reads together with this one, and begins to augment at the same time.
         """
         short = copy.copy(self)
-        short.pieces = self.pieces * pieces
+        short.pieces = pieces
         short.segment_frames = self.segment_frames // pieces
         after = self.augmentation.augment_after * pieces
         short.augmentation = replace(self.augmentation, augment_after=after)
@@ -114,7 +114,9 @@ class RandomMixes(Dataset[Example]):
         # A generator per example and stem: a redraw of one stem changes no other. What is drawn
         # for augmentation has others, and the plain recipe's stream stays the same.
         counter = [0, purpose, stem_number, i]
-        return np.random.Generator(np.random.Philox(key=self.seed, counter=counter))
+        # A stream of their own for pieces, or whole windows would repeat what these drew.
+        key = self.seed + ((self.pieces - 1) << 64)
+        return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
     def _draw_gain(self, rng: np.random.Generator) -> np.float32:
         """The gain of a stem, 0 where it is to be silent."""
@@ -169,9 +171,8 @@ class RandomMixes(Dataset[Example]):
         """Track number and first sample of a random active window, or of a piece of it."""
         rows = self.windows[stem]
         track_number, start = rows[rng.integers(len(rows))].tolist()
-        if self.pieces > 1:  # no draw that the whole windows' stream does not have
-            start += int(rng.integers(self.pieces)) * self.segment_frames
-        return track_number, start
+        piece = int(rng.integers(self.pieces))  # of one: draws nothing
+        return track_number, start + piece * self.segment_frames
 
     def _read_all(
         self, window: tuple[int, int], change: Change, gains: Sequence[np.float32]
@@ -199,11 +200,11 @@ class RandomMixes(Dataset[Example]):
         return change.apply(audio, self.segment_frames, track.sample_rate)
 
 
-class ShortFirst(Dataset[Example]):
+class ShortFirst(Dataset[list[Example]]):
     """Random mixes of which the first are several short ones each, of as much music in all.
 
-    An example has a leading axis, for `collate_pieces` to join: `{"mixture": [p, c, t], "target":
-    [p, n, c, t]}`, where p is `pieces` before example `until` and 1 from there on.
+    An example is a list of those of `RandomMixes`, for `collate_pieces` to join: `pieces` of them
+    before example `until`, one from there on.
 
     Args:
         mixes: the examples of full length.
@@ -215,25 +216,27 @@ class ShortFirst(Dataset[Example]):
         self.mixes, self.short = mixes, mixes.in_pieces(pieces)
         self.until, self.pieces = until, pieces
 
-    def __getitem__(self, i: int) -> Example:
+    def __getitem__(self, i: int) -> list[Example]:
         if i >= self.until:
-            return {key: value[None] for key, value in self.mixes[i].items()}
+            return [self.mixes[i]]
         first = i * self.pieces
-        return default_collate([self.short[k] for k in range(first, first + self.pieces)])
+        return [self.short[k] for k in range(first, first + self.pieces)]
 
 
-def collate_pieces(examples: Sequence[Example]) -> Example:
+def collate_pieces(examples: Sequence[list[Example]]) -> Example:
     """A batch of what `ShortFirst` gives; next to short mixes the long ones are cut."""
-    frames = min(example["mixture"].shape[-1] for example in examples)
-    return {
-        key: torch.cat([_cut(example[key], frames) for example in examples]) for key in examples[0]
-    }
+    mixes = [mix for example in examples for mix in example]
+    frames = min(mix["mixture"].shape[-1] for mix in mixes)
+    return default_collate([piece for mix in mixes for piece in _cut(mix, frames)])
 
 
-def _cut(batch: torch.Tensor, frames: int) -> torch.Tensor:
-    """[p, ..., t] -> [p * q, ..., frames], the q whole pieces of t."""
-    pieces = batch.unfold(-1, frames, frames)  # p ... q t
-    return pieces.movedim(-2, 1).flatten(0, 1)
+def _cut(mix: Example, frames: int) -> list[Example]:
+    """The whole pieces of an example, without copies."""
+    length = mix["mixture"].shape[-1]
+    return [
+        {key: wave[..., start : start + frames] for key, wave in mix.items()}
+        for start in range(0, length - frames + 1, frames)
+    ]
 
 
 class ExampleCounter(Sampler[int]):
