@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +30,7 @@ from models.errors import InputError
 from training.data.prepare import main as prepare
 from training.data.sources import open_dataset
 
+MAIN = Path(__file__).parents[2]
 RATE = 44100
 TRACKS = ("first song", "second song")
 
@@ -333,6 +340,50 @@ def test_stems_that_separation_made_of_the_mixtures(
     assert main([str(option) for option in [*model, "--output", tmp_path / "model"]]) == 0
     scores = [read_evaluation(tmp_path / name).tracks[0].rows[0].usdr for name in ("run", "model")]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+def test_a_killed_run_leaves_no_process_and_goes_on(
+    dataset: Path, estimates: Path, tmp_path: Path
+) -> None:
+    """kill -9 of the first process once a track is saved."""
+    root, run, whole = (tmp_path / name for name in ("data", "run", "whole"))
+    for number in range(30):
+        shutil.copytree(dataset / "test" / "first song", root / "test" / str(number))
+        shutil.copytree(estimates / "first song", estimates / str(number))
+    mark = f"EVALUATION_OF={tmp_path}"
+    command = [sys.executable, "-m", "evaluation.evaluate", "--data", str(root)]
+    command += ["--estimates", str(estimates), "--output", str(run), "--jobs", "2"]
+    environment = os.environ | dict([mark.split("=", 1)])
+    process = subprocess.Popen(command, cwd=MAIN, env=environment, stdout=subprocess.DEVNULL)
+    soon = time.monotonic() + 120
+    while not list(run.glob("tracks/*.json")) and time.monotonic() < soon:
+        time.sleep(0.002)
+    others = processes_with(mark) - {process.pid}
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert others  # the test has seen what it waits for
+    while (left := processes_with(mark)) and time.monotonic() < soon:
+        time.sleep(0.1)
+    assert not left
+    kept = {path.name: path.stat().st_mtime_ns for path in (run / "tracks").iterdir()}
+    assert 1 <= len(kept) < 30
+    for folder in (run, whole):
+        assert evaluate(root, estimates, "--output", folder) == 0
+    changed = [n for n, t in kept.items() if (run / "tracks" / n).stat().st_mtime_ns != t]
+    assert not changed
+    first, second = (repr(read_evaluation(folder).tracks) for folder in (run, whole))
+    assert first == second  # as text: NaN is not equal to itself
+
+
+def processes_with(mark: str) -> set[int]:
+    """Living processes whose environment has a line."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it ended, or is another user's
+            if mark.encode() in path.read_bytes().split(b"\0"):
+                found.add(int(path.parent.name))
+    return found
 
 
 def test_an_interrupted_run_goes_on(
