@@ -32,7 +32,7 @@ BATCH = {"cuda": 5, "cpu": 1}
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=("auto", *TRAINING_KINDS), default="auto")
     parser.add_argument("--processes", type=int, nargs="+", help="default: 1 2 4 8, up to the GPUs")
     parser.add_argument("--steps", type=int, default=60, help="steps of a timed run")
     parser.add_argument("--curve-steps", type=int, default=50, help="steps of a compared run")
@@ -60,7 +60,7 @@ def counts_of(args: argparse.Namespace, device: str) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = parse(argv)
-    device = pick_device(args.device, TRAINING_KINDS).type
+    device = pick_device(args.device, TRAINING_KINDS, "--device").type
     counts = counts_of(args, device)
     facts = environment(torch.device(device), processes=" ".join(map(str, counts)))
     facts["command"] = "python benchmark_distributed.py " + shlex.join(argv or sys.argv[1:])

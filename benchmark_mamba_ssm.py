@@ -198,7 +198,7 @@ def make_setting(args: argparse.Namespace) -> Setting:
     """
     if os.environ.get(ENVIRONMENT_VARIABLE):
         raise InputError(f"{ENVIRONMENT_VARIABLE} is set and would run in every row: unset it")
-    device = pick_device(args.device, TRAINING_KINDS)
+    device = pick_device(args.device, TRAINING_KINDS, "--device")
     numbers = [*(args.seconds or []), *([] if args.batch is None else [args.batch])]
     if not all(0 < number < math.inf for number in numbers):
         raise InputError("--seconds and --batch must be positive numbers")

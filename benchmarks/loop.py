@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.steps < 40:
         raise InputError(f"--steps {args.steps}: should be at least 40")
-    device = pick_device(args.device, TRAINING_KINDS)
+    device = pick_device(args.device, TRAINING_KINDS, "--device")
     facts = environment(device, steps=str(args.steps))
     facts["command"] = "python -m benchmarks.loop " + shlex.join(argv or sys.argv[1:])
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), end="\n\n")

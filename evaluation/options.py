@@ -18,7 +18,7 @@ from evaluation.hdemucs import separate_with_hdemucs
 from evaluation.metrics import import_museval
 from evaluation.oracles import MASKS, separate_with_oracle
 from evaluation.scoring import SCORERS
-from models.device import DEVICE_KINDS, pick_device
+from models.device import DEVICE_HELP, pick_device
 from models.errors import InputError
 from separation.separator import DTYPES, PROTOCOLS, Separator
 from training.data.sources import MIXTURE, STEMS, SUBSETS, Track, open_dataset
@@ -54,9 +54,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """How a checkpoint separates."""
-    parser.add_argument(
-        "--device", default="auto", help=f"auto, {', '.join(DEVICE_KINDS)} or cuda:1 (%(default)s)"
-    )
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA")
     parser.add_argument(
         "--protocol",

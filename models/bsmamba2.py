@@ -20,6 +20,7 @@ from models.mamba2 import Mamba2Block, stacked
 # Widths in bins from DC upwards, 1025 in all: (bands, bins each).
 PAPER_BANDS = ((24, 2), (12, 4), (8, 12), (8, 24), (8, 48), (1, 128), (1, 129))
 TIME_AXIS, BAND_AXIS = 1, 2  # of b t k d
+MAX_CHUNK_SECONDS = 3600  # at once: a longer one is a slip of the hand
 
 
 @dataclass(frozen=True)

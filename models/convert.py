@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from models.bsmamba2 import MAX_CHUNK_SECONDS
 from models.checkpoint import (
     Checkpoint,
     build_model,
@@ -18,8 +19,6 @@ from models.errors import InputError, one_line_warnings
 from models.files import write_text
 from models.msst import to_msst
 from models.official import to_official
-
-MAX_SECONDS = 3600  # of an exported chunk
 
 # Kind -> the suffix that names it where --to is not given.
 KINDS = {"safetensors": ".safetensors", "official": ".ckpt", "msst": ".pth", "onnx": ".onnx"}
@@ -118,8 +117,10 @@ def _write_onnx(found: Checkpoint, arguments: argparse.Namespace) -> None:
     from models.export import export_onnx
 
     config = found.config
-    if not 1 / config.sample_rate <= arguments.seconds <= MAX_SECONDS:
-        raise InputError(f"--seconds {arguments.seconds}: must be above 0, at most {MAX_SECONDS}")
+    if not 1 / config.sample_rate <= arguments.seconds <= MAX_CHUNK_SECONDS:
+        raise InputError(
+            f"--seconds {arguments.seconds}: must be above 0, at most {MAX_CHUNK_SECONDS}"
+        )
     samples = round(arguments.seconds * config.sample_rate)
     frames = samples // config.hop_length + 1
     error = export_onnx(build_model(found, str(arguments.source)), arguments.target, frames)

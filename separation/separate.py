@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from models.device import DEVICE_KINDS
+from models.device import DEVICE_HELP
 from models.errors import InputError, one_line_warnings, run_command
 from separation.batch import Batch
 from separation.plan import (
@@ -55,11 +55,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--format", default="float", choices=FORMATS, help="(default: float, a 32-bit wav)")
     add("--name", default=DEFAULT_NAME, metavar="TEMPLATE",
         help="of {track} {stem} {ext} {suffix} (default: %(default)s)")  # fmt: skip
-    add(
-        "--device",
-        default="auto",
-        help=f"auto, {', '.join(DEVICE_KINDS)} or cuda:1 (default: auto)",
-    )
+    add("--device", default="auto", help=DEVICE_HELP)
     add("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA")
     add("--overlap", type=float, default=0.25, help="share of a chunk that the next repeats")
     add("--chunk-seconds", type=float, default=8.0, help="length of a chunk (default: 8)")

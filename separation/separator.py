@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import BSMamba2, load_checkpoint
+from models.bsmamba2 import MAX_CHUNK_SECONDS
 from models.device import pick_device
 from models.errors import InputError, is_out_of_memory
 from models.graphs import GraphedNetwork
@@ -25,7 +26,6 @@ from separation.streaming import SongSeparation, choose_stems
 
 PROTOCOLS = ("ours", "paper")
 DTYPES = ("auto", "float32", "bfloat16")
-MAX_CHUNK_SECONDS = 3600
 AUTO_BATCH = {"cuda": 8}  # chunks at once; elsewhere one: more are no faster on a CPU
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,34 @@ def golden() -> Callable[[str], dict[str, Any]]:
             }
 
     return load
+
+
+@pytest.fixture
+def have_devices(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Tell torch what this machine has: `have_devices(gpus, mps)`."""
+
+    def have(gpus: int, mps: bool = False) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return have
+
+
+@pytest.fixture
+def refuse_folder(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let no folder of a name be listed: root may read what its permissions forbid."""
+    scandir = os.scandir
+
+    def refuse(name: str) -> None:
+        def scan(path: Any) -> Any:
+            if Path(path).name == name:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr("os.scandir", scan)
+
+    return refuse
 
 
 @pytest.fixture

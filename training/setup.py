@@ -25,7 +25,7 @@ def resolve_device(name: str, world: World) -> torch.device:
     Raises:
         InputError: this machine does not have it, or several ranks would share it.
     """
-    device = pick_device(name, TRAINING_KINDS)
+    device = pick_device(name, TRAINING_KINDS, "training.device")
     if device.type != "cuda":
         return device
     if world.size > 1 and device.index is not None:

@@ -78,7 +78,7 @@ def test_inputs_that_do_not_fit_are_a_cell_and_other_failures_too(capsys):
         (["--backends", "peer"], "--backends peer .*: it needs mamba-ssm"),
         (["--backends", "causal_conv1d"], "causal_conv1d: it needs mamba-ssm and causal-conv1d on"),
         (["--seconds", "nan"], "must be positive numbers"),
-        (["--device", "meta"], "device 'meta': expected one of auto, cpu, cuda"),
+        (["--device", "meta"], "--device 'meta': expected one of auto, cpu, cuda"),
     ],
 )
 def test_what_cannot_run_is_named(arguments, message, monkeypatch):
@@ -130,8 +130,8 @@ def test_median_is_of_the_calls_after_the_first():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (
-        (["--device", "nonsense"], "expected one of auto, cpu, cuda"),
-        (["--device", "cuda"], "not on this machine"),
+        (["--device", "nonsense"], "--device 'nonsense': expected one of auto, cpu, cuda"),
+        (["--device", "cuda"], "--device 'cuda': not on this machine"),
         (["--seconds", "-1"], "must be positive"),
         (["--batch", "0"], "must be positive"),
     ),

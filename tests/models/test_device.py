@@ -9,24 +9,12 @@ from models.device import TRAINING_KINDS, pick_device
 from models.errors import InputError
 
 
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch):
-    """Tells torch what this machine has: `machine(gpus, mps)`."""
-
-    def have(gpus: int, mps: bool) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-
-    return have
-
-
 @pytest.mark.parametrize(
     ("gpus", "mps", "everywhere", "training"),
     [(2, False, "cuda", "cuda"), (0, True, "mps", "cpu"), (0, False, "cpu", "cpu")],
 )
-def test_auto_is_the_best_there_is(machine, gpus, mps, everywhere, training) -> None:
-    machine(gpus, mps)
+def test_auto_is_the_best_there_is(have_devices, gpus, mps, everywhere, training) -> None:
+    have_devices(gpus, mps)
     assert pick_device("auto") == torch.device(everywhere)
     assert pick_device("auto", TRAINING_KINDS) == torch.device(training)
 
@@ -40,8 +28,8 @@ def test_auto_is_the_best_there_is(machine, gpus, mps, everywhere, training) -> 
         ("meta", r"^device 'meta': expected one of auto, cpu, cuda$"),
     ],
 )
-def test_a_device_that_is_not_there(machine, name: str, message: str) -> None:
-    machine(2, False)
+def test_a_device_that_is_not_there(have_devices, name: str, message: str) -> None:
+    have_devices(2, False)
     assert pick_device("cuda:1", TRAINING_KINDS) == torch.device("cuda", 1)
     with pytest.raises(InputError, match=message):
         pick_device(name, TRAINING_KINDS)

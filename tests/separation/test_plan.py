@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 
 import pytest
@@ -63,15 +61,8 @@ def test_stems_do_not_go_among_the_songs(library: Path) -> None:
         find_songs([str(library / "music")], library / "empty" / ".." / "music")
 
 
-def test_folders_that_cannot_be_read_are_named(library: Path, monkeypatch) -> None:
-    scandir = os.scandir
-
-    def refuse(path):
-        if Path(path).name == "live":
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr("os.scandir", refuse)
+def test_folders_that_cannot_be_read_are_named(library: Path, refuse_folder) -> None:
+    refuse_folder("live")
     songs, problems = find_songs([str(library / "music")], library / "out")
     assert [song.track for song in songs] == ["a", "b"]
     assert [problem.text for problem in problems] == [

@@ -137,7 +137,7 @@ def test_impossible_options(checkpoint, options: dict, message: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_gpu(checkpoint) -> None:
-    with pytest.raises(InputError, match="not on this machine"):
+    with pytest.raises(InputError, match="device 'cuda': not on this machine, which has 0 CUDA"):
         Separator.from_checkpoint(checkpoint, "cuda")
 
 

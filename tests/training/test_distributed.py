@@ -31,9 +31,8 @@ def run_forked(*words: str | Path) -> str:
     return result.stderr
 
 
-def test_every_rank_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def test_every_rank_has_a_gpu(have_devices) -> None:
+    have_devices(2)
     assert resolve_device("auto", World(1, 2, 1)) == torch.device("cuda", 1)
     assert resolve_device("cuda:1", World()) == torch.device("cuda", 1)
     assert resolve_device("cuda", World()) == torch.device("cuda", 0)

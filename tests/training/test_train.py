@@ -630,7 +630,7 @@ def test_resume_refuses_what_does_not_fit(tiny_config: Path, tmp_path: Path) -> 
     [
         (["data.root=/no/such/folder"], "error: data root /no/such/folder"),
         (["training.batch_siz=2"], "error: training.batch_siz: unknown key"),
-        (["training.device=cuda:99"], "error: device 'cuda:99': not on this machine"),
+        (["training.device=cuda:99"], "error: training.device 'cuda:99': not on this machine"),
         (["data.segment_seconds=3"], "error: no active 3 s window"),
     ],
 )

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -314,15 +312,8 @@ def test_missing_stems_are_silence_where_asked(root: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ("train", "song 1"))
-def test_folder_that_cannot_be_read_is_named(root: Path, monkeypatch, where: str) -> None:
-    scandir = os.scandir
-
-    def refuse(path):
-        if Path(path).name == where:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr("os.scandir", refuse)
+def test_folder_that_cannot_be_read_is_named(root: Path, refuse_folder, where: str) -> None:
+    refuse_folder(where)
     with pytest.raises(InputError, match=rf"{where} cannot be read \(Permission denied\)"):
         open_dataset(root, "train")
 
